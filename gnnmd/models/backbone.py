@@ -1,0 +1,58 @@
+"""The one message-passing loop that all models share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gnnmd.graph.graph import AtomGraph
+from gnnmd.parallel import GPContext
+
+#: Sum of a per-atom quantity over the atoms of each system, on every rank: ``[n_owned, ...] -> [B, ...]``.
+SystemSum = Callable[[Tensor], Tensor]
+
+
+class Backbone(nn.Module):
+    """Message passing on owned + ghost atoms; subclasses are the models.
+
+    A model provides `edge_basis`, `embed`, the `blocks` and the final `norm`. Blocks take owned + ghost rows and
+    return owned rows; they never see a rank.
+
+    Attributes:
+        r_cut: cutoff, Angstrom.
+        blocks: modules with the signature ``block(h_all, basis, g, n_owned) -> h_owned``.
+        norm: module applied to the last owned rows.
+    """
+
+    r_cut: float
+    blocks: nn.ModuleList
+    norm: nn.Module
+
+    def edge_basis(self, g: AtomGraph, system_sum: SystemSum) -> Any:
+        """Return everything that all blocks read and no block changes (radial basis, rotations, embeddings)."""
+        raise NotImplementedError
+
+    def embed(self, g: AtomGraph, basis: Any) -> Tensor:
+        """Return the initial rows ``[n_all, ...]`` of owned and ghost atoms (species are known everywhere)."""
+        raise NotImplementedError
+
+    def after_block(self, h: Tensor, g: AtomGraph, system_sum: SystemSum) -> Tensor:
+        """Adjust owned rows after a block; the identity unless a model couples the atoms of a system."""
+        return h
+
+    def forward(self, g: AtomGraph, gp: GPContext) -> Tensor:
+        """Return the features of the owned atoms, ``[n_owned, ...]``."""
+
+        def system_sum(x: Tensor) -> Tensor:
+            partial = x.new_zeros(g.n_systems, *x.shape[1:]).index_add(0, g.system[: gp.n_owned], x)
+            return gp.sum_shared(partial)
+
+        basis = self.edge_basis(g, system_sum)
+        h_all = self.embed(g, basis)
+        for i, block in enumerate(self.blocks):
+            h = block(h_all, basis, g, gp.n_owned)
+            h = self.after_block(h, g, system_sum)
+            if i + 1 < len(self.blocks):
+                h_all = gp.exchange(h)  # the one line that knows others exist
+        return self.norm(h)

@@ -1,0 +1,8 @@
+"""Units: energies in eV, lengths in Angstrom, masses in amu, times in fs at every public door."""
+
+#: Boltzmann constant, eV/K (CODATA 2018, exact).
+BOLTZMANN = 8.617333262e-5
+#: eV/A^3 in GPa.
+GPA_PER_EV_A3 = 160.2176634
+#: meV per eV.
+MEV = 1e3
