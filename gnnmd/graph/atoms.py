@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LabelKeys:
-    """Names under which labels are stored in ``atoms.info`` / ``atoms.arrays`` or in an attached calculator."""
+    """Names of the labels in ``atoms.info`` / ``atoms.arrays`` or in an attached calculator."""
 
     energy: str = "energy"
     forces: str = "forces"
@@ -35,8 +35,8 @@ class AtomBatch:
         pbc: ``[B, 3]`` bool, periodicity along each lattice vector.
         charge: ``[B]`` int64, total charge in units of e.
         spin: ``[B]`` int64, spin multiplicity 2S+1; 0 where it is not given.
-        dataset: one name per system, "" where it is not given; selects the level of theory of models that know
-            several.
+        dataset: one name per system, "" where it is not given; selects the level of theory of models that
+            know several.
         energy: ``[B]`` float64, eV.
         forces: ``[N, 3]`` float64, eV/A.
         stress: ``[B, 3, 3]`` float64, eV/A^3, dE/dstrain / V (positive = tension).
@@ -72,8 +72,9 @@ class AtomBatch:
     def from_ase(cls, atoms: Atoms | Sequence[Atoms], keys: LabelKeys | None = None) -> "AtomBatch":
         """Build a batch from one or several ASE Atoms.
 
-        Charge, spin and dataset are read from ``atoms.info``; labels from ``atoms.info`` / ``atoms.arrays`` under
-        ``keys``, else from the results already stored in ``atoms.calc`` (nothing is computed).
+        Charge, spin and dataset are read from ``atoms.info``; labels from ``atoms.info`` / ``atoms.arrays``
+        under ``keys``, else from the results stored in ``atoms.calc``, unless the atoms have changed since
+        (nothing is computed).
 
         Raises:
             ValueError: no atoms, or a charge or spin that is not an integer.
@@ -83,20 +84,19 @@ class AtomBatch:
             raise ValueError("from_ase got an empty list; pass at least one Atoms object")
         keys = keys or LabelKeys()
         labels = [_ase_labels(a, keys) for a in images]
-        float64 = {"dtype": torch.float64}
         counts = torch.tensor([len(a) for a in images])
         return cls(
-            positions=torch.tensor(np.concatenate([a.positions for a in images]), **float64),
+            positions=torch.tensor(np.concatenate([a.positions for a in images]), dtype=torch.float64),
             numbers=torch.tensor(np.concatenate([a.numbers for a in images]), dtype=torch.int64),
             system=torch.repeat_interleave(torch.arange(len(images)), counts),
-            cell=torch.tensor(np.stack([a.cell.array for a in images]), **float64),
+            cell=torch.tensor(np.stack([a.cell.array for a in images]), dtype=torch.float64),
             pbc=torch.tensor(np.stack([a.pbc for a in images])),
             charge=torch.tensor([_integer(a, "charge") for a in images]),
             spin=torch.tensor([_integer(a, "spin") for a in images]),
             dataset=tuple(str(a.info.get("dataset", "")) for a in images),
-            energy=torch.tensor([energy for energy, _, _ in labels], **float64),
-            forces=torch.tensor(np.concatenate([forces for _, forces, _ in labels]), **float64),
-            stress=torch.tensor(np.stack([stress for _, _, stress in labels]), **float64),
+            energy=torch.tensor([energy for energy, _, _ in labels], dtype=torch.float64),
+            forces=torch.tensor(np.concatenate([forces for _, forces, _ in labels]), dtype=torch.float64),
+            stress=torch.tensor(np.stack([stress for _, _, stress in labels]), dtype=torch.float64),
         )
 
     def to_ase(self) -> list[Atoms]:
@@ -114,9 +114,9 @@ class AtomBatch:
             results: dict[str, Any] = {}
             if not self.energy[b].isnan():
                 results["energy"] = float(self.energy[b])
-            if len(rows) and not self.forces[rows].isnan().any():
+            if len(rows) and not self.forces[rows].isnan().all():
                 results["forces"] = self.forces[rows].cpu().numpy()
-            if not self.stress[b].isnan().any():
+            if not self.stress[b].isnan().all():
                 results["stress"] = full_3x3_to_voigt_6_stress(self.stress[b].cpu().numpy())
             if results:
                 atoms.calc = SinglePointCalculator(atoms, **results)
@@ -173,14 +173,18 @@ class AtomBatch:
 
 def _integer(atoms: Atoms, key: str) -> int:
     value = atoms.info.get(key, 0)
-    if int(value) != value:
+    try:
+        exact = int(value) == value
+    except (TypeError, ValueError, OverflowError):  # None, text, NaN, infinity
+        exact = False
+    if not exact:
         raise ValueError(f"atoms.info[{key!r}] must be an integer, got {value!r}")
     return int(value)
 
 
 def _ase_labels(atoms: Atoms, keys: LabelKeys) -> tuple[float, np.ndarray, np.ndarray]:
     """Return energy, forces [n, 3] and stress [3, 3] of one frame, NaN where missing."""
-    results = getattr(atoms.calc, "results", {})
+    results = {} if atoms.calc is None or atoms.calc.check_state(atoms) else atoms.calc.results
     energy = atoms.info.get(keys.energy, results.get(keys.energy))
     forces = atoms.arrays.get(keys.forces, results.get(keys.forces))
     stress = atoms.info.get(keys.stress, results.get(keys.stress))

@@ -10,13 +10,14 @@ from torch import Tensor
 class AtomGraph:
     """Atoms and edges of one rank's share of one or many systems, without ranks in it.
 
-    Rows are ordered owned atoms first, ghosts after. Everything but `positions` and `cell` stays fixed between two
-    neighbour-list builds.
+    Rows are ordered owned atoms first, ghosts after. Everything but `positions` and `cell` stays fixed
+    between two neighbour-list builds.
 
     Attributes:
         numbers: ``[n_all]`` int64 atomic numbers of owned and ghost atoms.
         system: ``[n_all]`` int64 system of every row.
-        edge_index: ``[2, E]`` int64, (source j in ``[0, n_all)``, target i in ``[0, n_owned)``), sorted by target.
+        edge_index: ``[2, E]`` int64, (source j in ``[0, n_all)``, target i in ``[0, n_owned)``), sorted by
+            target.
         shift: ``[E, 3]`` int64 lattice shift of the source.
         cell: ``[B, 3, 3]`` float64, Angstrom.
         n_atoms: ``[B]`` int64, atoms of each system over all ranks.
@@ -49,4 +50,4 @@ class AtomGraph:
     def to(self, device: torch.device | str) -> "AtomGraph":
         """Return the graph with every tensor on ``device``."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items() if v is not None})
+        return replace(self, **{k: v.to(device) for k, v in tensors.items() if v is not None})
