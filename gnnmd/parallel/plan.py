@@ -1,0 +1,382 @@
+"""A plan: everything about a partitioned graph that stays fixed while no atom has moved too far."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gnnmd.graph.atoms import AtomBatch
+from gnnmd.graph.geometry import complete_cell, edge_vectors
+from gnnmd.graph.graph import AtomGraph
+from gnnmd.graph.neighbors import neighbor_list
+from gnnmd.parallel.accounting import copies
+from gnnmd.parallel.context import GPContext
+from gnnmd.parallel.guards import check_columns, check_each_once, check_finite, check_share
+from gnnmd.parallel.halo import halo_receivers
+from gnnmd.parallel.morton import morton_keys
+from gnnmd.parallel.partition import PARTITIONERS, Cuts, choose, morton
+from gnnmd.parallel.ranks import Ranks
+from gnnmd.parallel.sites import Sites, find_box
+
+#: A rebuild keeps every atom where it is until the largest number of ghosts or edges has grown by this
+#: factor.
+REPARTITION = 1.1
+
+
+@dataclass(frozen=True)
+class Held:
+    """Atoms a rank holds; every column is ``[n, ...]``."""
+
+    id: Tensor
+    numbers: Tensor
+    system: Tensor
+    positions: Tensor
+    carried: tuple[Tensor, ...]
+
+    def select(self, rows: Tensor) -> "Held":
+        """Return the atoms picked by a mask or by indices."""
+        return self._from(tuple(c[rows] for c in self.columns))
+
+    def send(self, receiver: Tensor, ranks: Ranks) -> "Held":
+        """Send every atom to a rank and return those that arrive."""
+        columns, _ = ranks.send_rows(self.columns, receiver)
+        return self._from(columns)
+
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """All columns, those carried along last."""
+        return (self.id, self.numbers, self.system, self.positions, *self.carried)
+
+    @staticmethod
+    def _from(columns: tuple[Tensor, ...]) -> "Held":
+        return Held(columns[0], columns[1], columns[2], columns[3], columns[4:])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One rank's share of one or many systems.
+
+    Use: ``potential(positions, plan.graph, plan.gp)`` with positions of the owned atoms in the order of
+        `ids`, as
+    long as `moved_too_far` says no; then `rebuild`.
+
+    Attributes:
+        graph: owned and ghost atoms and the edges, shorter than ``r_cut + skin``, that end on owned atoms.
+        gp: how the ghosts' rows are fetched.
+        ids: ``[n_all]`` int64 global numbers of owned and ghost atoms.
+        positions: ``[n_owned, 3]`` at which the plan was built, Angstrom, not wrapped.
+        carried: per-atom rows that travel with the owned atoms (labels, velocities).
+        cuts: the partition.
+        r_cut: cutoff, Angstrom.
+        skin: how much farther than the cutoff edges are listed, Angstrom.
+        ranks: who shares the systems.
+    """
+
+    graph: AtomGraph
+    gp: GPContext
+    ids: Tensor
+    positions: Tensor
+    carried: tuple[Tensor, ...]
+    cuts: Cuts
+    r_cut: float
+    skin: float
+    ranks: Ranks
+    _batch: AtomBatch
+    _options: "_Options"
+    _load: Tensor
+
+    def moved_too_far(self, positions: Tensor, cell: Tensor) -> Tensor:
+        """Tell whether an edge shorter than the cutoff may be missing from the plan; collective.
+
+        Displacements are those of the coordinates as they are, beyond what the cell's own deformation
+        explains: an atom that was wrapped to the other side of the cell counts as moved, because the edges'
+            shifts are no longer
+        its own.
+
+        Args:
+            positions: ``[n_owned, 3]`` Angstrom.
+            cell: ``[B, 3, 3]`` Angstrom.
+
+        Returns:
+            A bool tensor, the same on every rank.
+        """
+        pbc = self._batch.pbc
+        before, now = complete_cell(self._batch.cell, pbc), complete_cell(cell, pbc)
+        same = (before == now).flatten(1).all(1)[:, None, None]
+        identity = torch.eye(3, dtype=now.dtype, device=now.device)
+        deformation = torch.where(same, identity, torch.linalg.solve(before, now))  # [B, 3, 3]
+        shrink = torch.linalg.matrix_norm(torch.linalg.inv(deformation), 2)
+        shrink = torch.where(same[:, 0, 0], 1.0, shrink)
+        system = self.graph.system[: self.gp.n_owned]
+        moved = positions - torch.einsum("na,nab->nb", self.positions, deformation[system])
+        allowed = (self.r_cut + self.skin) / shrink - self.r_cut
+        # Negated, so that NaN counts as moved.
+        exceeded = ~(2 * torch.linalg.vector_norm(moved, dim=1) <= allowed[system]).all()
+        exceeded |= ~(allowed >= 0).all()
+        return self.ranks.max(exceeded.int()).bool()
+
+    @torch.no_grad()
+    def rebuild(self, positions: Tensor, cell: Tensor, carried: tuple[Tensor, ...] = ()) -> "Plan":
+        """Build the plan anew at new positions; collective.
+
+        Atoms keep their owner, and their row, until this costs more than 10 % in ghosts or edges on the rank
+        that has
+        most: in a liquid of 1e5 atoms per rank less than 1 % leave their brick between two rebuilds.
+
+        Args:
+            positions: ``[n_owned, 3]`` Angstrom.
+            cell: ``[B, 3, 3]`` Angstrom.
+            carried: per-atom rows that travel with the owned atoms.
+        """
+        n = self.gp.n_owned
+        held = Held(self.ids[:n], self.graph.numbers[:n], self.graph.system[:n], positions, carried)
+        with self.ranks.together("checking its atoms"):
+            check_columns(held.columns)
+            check_finite(held.positions, held.id)
+        batch = replace(self._batch, cell=cell)
+        plan = _link(held, batch, self.cuts, self.ranks, self._options)
+        if (plan._load > REPARTITION * self._load).any():
+            return _build(held, batch, self.ranks, self._options)
+        return replace(plan, _load=self._load)
+
+    def within_cutoff(self, positions: Tensor, cell: Tensor) -> AtomGraph:
+        """Return the graph without the edges that are in the skin now; one exchange of positions."""
+        with torch.no_grad():
+            g = self.graph.with_positions(self.gp.exchange(positions.detach()), cell)
+            near = torch.linalg.vector_norm(edge_vectors(g), dim=1) < self.r_cut
+            return replace(self.graph, edge_index=g.edge_index[:, near], shift=g.shift[near], cell=cell)
+
+    @torch.no_grad()
+    def gather_owned(self, owned: Tensor) -> Tensor:
+        """Return all atoms' rows on every rank, ``[N, ...]`` in the order of the input; for output only."""
+        group = self.ranks.group
+        n = int(self.graph.n_atoms.sum())
+        ids = self.ids[: self.gp.n_owned]
+        everything = owned.new_empty(n, *owned.shape[1:])
+        if group is None:
+            everything[ids] = owned
+            return everything
+        capacity = int(self.ranks.max(torch.tensor(len(ids), device=ids.device)))
+        padded_ids = ids.new_full((capacity,), -1)
+        padded_ids[: len(ids)] = ids
+        padded = owned.new_zeros(capacity, *owned.shape[1:])
+        padded[: len(ids)] = owned
+        all_ids = ids.new_empty(self.ranks.size * capacity)
+        rows = owned.new_empty(self.ranks.size * capacity, *owned.shape[1:])
+        dist.all_gather_into_tensor(all_ids, padded_ids, group=group)
+        dist.all_gather_into_tensor(rows, padded, group=group)
+        everything[all_ids[all_ids >= 0]] = rows[all_ids >= 0]
+        return everything
+
+
+class _Options(NamedTuple):
+    r_cut: float
+    skin: float
+    partition: str
+    max_neighbors: int | None
+    backend: str
+    dataset: Tensor
+
+    @property
+    def reach(self) -> float:
+        return self.r_cut + self.skin
+
+
+def share_of(batch: AtomBatch, ranks: Ranks) -> tuple[AtomBatch, Tensor]:
+    """Return one rank's slice of a batch that every rank was given, and the slice's global numbers.
+
+    For structures that fit into one process; larger ones are read in pieces and handed to `build_plan`
+    directly.
+    """
+    n = len(batch.numbers)
+    rows = torch.arange(
+        ranks.rank * n // ranks.size, (ranks.rank + 1) * n // ranks.size, device=batch.numbers.device
+    )
+    piece = replace(
+        batch,
+        positions=batch.positions[rows],
+        numbers=batch.numbers[rows],
+        system=batch.system[rows],
+        forces=batch.forces[rows],
+    )
+    return piece, rows
+
+
+@torch.no_grad()
+def build_plan(
+    piece: AtomBatch,
+    ids: Tensor,
+    r_cut: float,
+    ranks: Ranks,
+    *,
+    skin: float = 0.0,
+    partition: str = "auto",
+    carried: tuple[Tensor, ...] = (),
+    dataset: Tensor | None = None,
+    max_neighbors: int | None = None,
+    backend: str = "auto",
+) -> Plan:
+    """Partition systems over ranks and build every rank's share; collective, O(N/P) memory and work per rank.
+
+    Args:
+        piece: all systems, with the atoms that this rank holds at first: any part of them, in any order.
+            Cells and other properties of systems are the same on every rank.
+        ids: ``[n]`` int64 global numbers of these atoms; over all ranks each of 0 .. N-1 once.
+        r_cut: cutoff, Angstrom.
+        ranks: who shares the systems.
+        skin: how much farther edges are listed so that the plan survives motion, Angstrom.
+        partition: "auto" (counts the ghosts of several and takes the best), "bisection", "bricks", "morton",
+            "index".
+        carried: per-atom rows ``[n, ...]`` that travel with the atoms.
+        dataset: ``[B]`` index into the model's data sets.
+        max_neighbors: see `neighbor_list`.
+        backend: see `neighbor_list`.
+
+    Raises:
+        RankFailure: the input of some rank is unusable; raised on every rank.
+    """
+    held = Held(ids, piece.numbers, piece.system, piece.positions, carried)
+    with ranks.together("checking its atoms"):
+        if partition != "auto" and partition not in PARTITIONERS:
+            raise ValueError(f"unknown partition {partition!r}; choose one of {['auto', *PARTITIONERS]}")
+        if not (r_cut > 0 and skin >= 0):
+            raise ValueError(f"r_cut must be positive and skin not negative, got {r_cut} and {skin} A")
+        check_columns(held.columns)
+        check_finite(held.positions, held.id)
+    check_each_once(held.id, ranks)
+    if dataset is None:
+        dataset = torch.zeros(len(piece.cell), dtype=torch.int64, device=ids.device)
+    options = _Options(r_cut, skin, partition, max_neighbors, backend, dataset)
+    return _build(held, piece, ranks, options)
+
+
+def _build(held: Held, batch: AtomBatch, ranks: Ranks, options: _Options) -> Plan:
+    """Partition twice: by number of atoms, to see the edges; then by edges."""
+    sites = _sites(held, batch, ranks, torch.ones_like(held.id))
+    first = morton(sites, ranks.size, options.reach, ranks)
+    held = _migrate(held, sites, first, ranks)
+    draft = _link(held, batch, first, ranks, options)
+    edges = torch.bincount(draft.graph.edge_index[1], minlength=len(held.id))
+    sites = _sites(held, batch, ranks, edges + 1)
+    cuts = choose(
+        options.partition, sites, ranks.size, options.reach, ranks, lambda owner: _count_ghosts(draft, owner)
+    )
+    held = _migrate(held, sites, cuts, ranks)
+    return _link(held, batch, cuts, ranks, options)
+
+
+def _sites(held: Held, batch: AtomBatch, ranks: Ranks, weight: Tensor) -> Sites:
+    box = find_box(held.positions, held.system, batch.cell, batch.pbc, ranks)
+    return Sites(box.coordinates(held.positions, held.system), held.system, weight, held.id, box)
+
+
+def _migrate(held: Held, sites: Sites, cuts: Cuts, ranks: Ranks) -> Held:
+    """Send every atom to its owner; sort what arrives by system and along the curve."""
+    arrived = held.send(cuts.owner(sites), ranks)
+    u = sites.box.coordinates(arrived.positions, arrived.system)
+    # The id decides between atoms at the same place: the order must not depend on who sent them.
+    order = torch.argsort(arrived.id)
+    for key in (morton_keys(u, sites.box.edge, arrived.system), arrived.system):
+        order = order[torch.argsort(key[order], stable=True)]
+    return arrived.select(order)
+
+
+def _link(held: Held, batch: AtomBatch, cuts: Cuts, ranks: Ranks, options: _Options) -> Plan:
+    """Find the halo, the edges and the ghosts of the atoms a rank owns."""
+    n_owned = len(held.id)
+    box = find_box(held.positions, held.system, batch.cell, batch.pbc, ranks)
+    u = box.coordinates(held.positions, held.system)
+    row, receiver = halo_receivers(u, held.system, box, options.reach, ranks)
+    whole = torch.stack((held.id, held.numbers, held.system), 1)[row]
+    (whole, row, positions), counts = ranks.send_rows((whole, row, held.positions[row]), receiver)
+    owner = torch.repeat_interleave(counts)
+
+    with ranks.together("listing its neighbours"):
+        ids, numbers, system = (
+            torch.cat((mine, other)) for mine, other in zip(held.columns[:3], whole.unbind(1), strict=True)
+        )
+        source, target, shift = _edges(
+            n_owned, numbers, system, torch.cat((held.positions, positions)), batch, options
+        )
+
+    # Ghosts are the halo atoms that an edge starts from; they stay ordered by owner.
+    is_ghost = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    is_ghost[source] = True
+    is_ghost[:n_owned] = False
+    ghosts = is_ghost.nonzero()[:, 0]
+    new_row = torch.arange(len(ids), device=ids.device)
+    new_row[ghosts] = n_owned + torch.arange(len(ghosts), device=ids.device)
+    halo = ghosts - n_owned
+    (send_idx,), send_counts = ranks.send_rows((row[halo],), owner[halo])
+    recv_counts = torch.bincount(owner[halo], minlength=ranks.size)
+
+    kept = torch.cat((torch.arange(n_owned, device=ids.device), ghosts))
+    n_systems = len(batch.cell)
+    graph = AtomGraph(
+        numbers=numbers[kept],
+        system=system[kept],
+        edge_index=torch.stack((new_row[source], target)),
+        shift=shift,
+        cell=batch.cell,
+        n_atoms=ranks.sum(torch.bincount(held.system, minlength=n_systems)),
+        charge=batch.charge,
+        spin=batch.spin,
+        dataset=options.dataset,
+    )
+    alone = ranks.group is None
+    gp = GPContext(
+        n_owned=n_owned,
+        n_ghost=len(ghosts),
+        send_idx=None if alone else send_idx,
+        send_splits=() if alone else tuple(send_counts.tolist()),
+        recv_splits=() if alone else tuple(recv_counts.tolist()),
+        group=ranks.group,
+    )
+    check_share(graph, gp, ids[kept], ranks, symmetric=options.max_neighbors is None)
+    return Plan(
+        graph=graph,
+        gp=gp,
+        ids=ids[kept],
+        positions=held.positions,
+        carried=held.carried,
+        cuts=cuts,
+        r_cut=options.r_cut,
+        skin=options.skin,
+        ranks=ranks,
+        _batch=batch,
+        _options=options,
+        _load=ranks.max(torch.tensor([len(ghosts), len(source)], device=ids.device)),
+    )
+
+
+def _edges(
+    n_owned: int, numbers: Tensor, system: Tensor, positions: Tensor, batch: AtomBatch, options: _Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return source, target and shift of the edges among owned and halo atoms that end on owned ones."""
+    if not n_owned:
+        none = system.new_empty(0)
+        return none, none, none.new_empty(0, 3)
+    order = torch.argsort(system, stable=True)
+    local = replace(
+        batch,
+        positions=positions[order],
+        numbers=numbers[order],
+        system=system[order],
+        forces=torch.full_like(positions, torch.nan),
+    )
+    found = neighbor_list(local, options.reach, backend=options.backend, max_neighbors=options.max_neighbors)
+    source, target = order[found.edge_index]
+    mine = target < n_owned
+    return source[mine], target[mine], found.shift[mine]
+
+
+def _count_ghosts(plan: Plan, owner: Tensor) -> Tensor:
+    """Return ``[P]``, the ghosts each rank would have if ``owner`` ``[n_owned]`` owned a plan's atoms.
+
+    Edges come in both directions: the ranks that need a copy of an atom own the sources of its own edges.
+    """
+    size = plan.ranks.size
+    _, needer = copies(plan.graph.edge_index, plan.gp.exchange(owner), size)
+    return plan.ranks.sum(torch.bincount(needer, minlength=size))

@@ -1,0 +1,356 @@
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gnnmd.graph import AtomBatch
+from gnnmd.graph.geometry import edge_vectors
+from gnnmd.models.emt import emt
+from gnnmd.parallel import GPContext, RankFailure, Ranks, build_plan, share_of
+from gnnmd.parallel.guards import check_share
+from tests.parallel.structures import structure
+
+R_CUT = emt().r_cut
+
+
+def plan_of(group, batch: AtomBatch, **options):
+    ranks = Ranks(group)
+    piece, ids = share_of(batch, ranks)
+    return build_plan(piece, ids, R_CUT, ranks, **options)
+
+
+def single_energy(batch: AtomBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    potential = emt().eval()
+    p = potential(batch.positions, potential.graph(batch), GPContext.single(len(batch.numbers)))
+    return p.energy, p.forces
+
+
+# --- the edges of a plan
+# -------------------------------------------------------------------------------------
+
+
+def edges_by_id(group, batch: AtomBatch, partition: str = "auto") -> list[tuple[int, ...]]:
+    plan = plan_of(group, batch, partition=partition)
+    source, target = plan.ids[plan.graph.edge_index]
+    return torch.cat((source[:, None], target[:, None], plan.graph.shift), 1).tolist()
+
+
+@pytest.mark.parametrize("name", ["batch", "unwrapped", "left-handed"])
+def test_all_ranks_together_have_the_edges_of_one_rank_and_none_twice(pool, name):
+    batch = structure(name)
+    g = emt().graph(batch)
+    expected = torch.cat((g.edge_index.T, g.shift), 1).tolist()
+    found = sum(pool.run(3, edges_by_id, batch), [])
+    assert sorted(found) == sorted(expected)
+
+
+def random_systems(seed: int) -> AtomBatch:
+    """Three systems with random cells (also left-handed, thin, skewed), periodicity, density and wrapping."""
+    rng = np.random.default_rng(seed)
+    systems = []
+    for _ in range(3):
+        cell = rng.normal(0, 1, (3, 3)) * 3 + np.diag(rng.uniform(3, 25, 3))
+        if abs(np.linalg.det(cell)) < 0.1 * np.linalg.norm(cell, axis=1).prod():
+            cell = np.diag(rng.uniform(3, 20, 3))
+        n = int(rng.integers(1, 40))
+        positions = rng.uniform(-1, 2, (n, 3)) @ cell
+        if rng.random() < 0.3:
+            positions[:, 2] *= 0.1  # a layer in vacuum
+        systems.append(Atoms(f"Ag{n}", positions, cell=cell, pbc=rng.random(3) < 0.6))
+    return AtomBatch.from_ase(systems)
+
+
+def edges_of_random_systems(group, seeds: range, partition: str) -> list[list[tuple[int, ...]]]:
+    return [edges_by_id(group, random_systems(seed), partition) for seed in seeds]
+
+
+@pytest.mark.parametrize("partition", ["auto", "index"])
+def test_random_cells_and_periodicities_lose_no_edge(pool, partition):
+    seeds = range(6)
+    results = pool.run(5, edges_of_random_systems, seeds, partition)
+    for seed in seeds:
+        g = emt().graph(random_systems(seed))
+        expected = torch.cat((g.edge_index.T, g.shift), 1).tolist()
+        assert sorted(sum((r[seed] for r in results), [])) == sorted(expected), seed
+
+
+# --- motion: when a plan may be kept, and what happens when it is rebuilt
+# -----------------------------------------
+
+
+def walk(group, batch: AtomBatch, skin: float, n_steps: int, partition: str) -> tuple[list[float], int, int]:
+    """Random walk with the plan kept as long as it says so; return largest errors against one rank."""
+    rng = torch.Generator().manual_seed(0)
+    plan = plan_of(group, batch, skin=skin, partition=partition)
+    potential = emt().eval()
+    x, cell = batch.positions, batch.cell
+    errors, rebuilt, moved_home = [], 0, 0
+    for _ in range(n_steps):
+        x = x + 0.12 * torch.randn(x.shape, generator=rng, dtype=x.dtype)
+        cell = cell * (1 + 0.004 * torch.randn((), generator=rng, dtype=x.dtype))
+        mine = x[plan.ids[: plan.gp.n_owned]]
+        if plan.moved_too_far(mine, cell):
+            before = plan.ids[: plan.gp.n_owned]
+            plan = plan.rebuild(mine, cell)
+            rebuilt += 1
+            moved_home += not torch.equal(before, plan.ids[: plan.gp.n_owned])
+            mine = x[plan.ids[: plan.gp.n_owned]]
+        p = potential(mine, plan.within_cutoff(mine, cell), plan.gp)
+        energy, forces = single_energy(replace(batch, positions=x, cell=cell))
+        errors.append(
+            float((p.energy - energy).abs().max() + (plan.gather_owned(p.forces) - forces).abs().max())
+        )
+    return errors, rebuilt, moved_home
+
+
+def test_energy_and_forces_stay_exact_while_atoms_move_and_the_cell_changes(pool):
+    """Stale halos, cells that change under a standing list, atoms lost at a rebuild would show here."""
+    for errors, rebuilt, moved_home in pool.run(3, walk, structure("unwrapped"), 1.0, 24, "auto"):
+        assert max(errors) < 1e-9
+        assert 2 < rebuilt < 24
+        assert moved_home < rebuilt  # ownership outlives most rebuilds
+
+
+def drift_apart(group) -> tuple[float, float]:
+    """Mix the atoms of a rod completely: keeping the owners would make everyone everybody's ghost."""
+    atoms = bulk("Ag", "fcc", a=4.09, cubic=True) * (1, 2, 16)
+    batch = AtomBatch.from_ase(atoms)
+    plan = plan_of(group, batch)
+    order = torch.randperm(len(atoms), generator=torch.Generator().manual_seed(0))
+    x = batch.positions[order]
+    new = plan.rebuild(x[plan.ids[: plan.gp.n_owned]], batch.cell)
+    return float(plan.gp.n_ghost), float(new.gp.n_ghost)
+
+
+def test_a_partition_that_has_become_bad_is_made_anew(pool):
+    for before, after in pool.run(4, drift_apart):
+        assert after < 1.3 * before
+
+
+def judge_motion(group, batch: AtomBatch, who: int, displacement, strain: float) -> bool:
+    plan = plan_of(group, batch, skin=1.0)
+    x = batch.positions.clone()
+    x[who] += torch.as_tensor(displacement, dtype=x.dtype)
+    mine = (x * (1 + strain))[plan.ids[: plan.gp.n_owned]]
+    return bool(plan.moved_too_far(mine, batch.cell * (1 + strain)))
+
+
+@pytest.mark.parametrize(
+    ("displacement", "strain", "too_far"),
+    [
+        ([0.0, 0.0, 0.0], 0.0, False),
+        ([0.49, 0.0, 0.0], 0.0, False),
+        ([0.51, 0.0, 0.0], 0.0, True),
+        ([8.18, 0.0, 0.0], 0.0, True),  # wrapped to the other side: the shifts of its edges are wrong now
+        ([0.0, 0.0, 0.0], 0.05, False),  # swelling moves atoms by more than the skin, and all of them apart
+        ([0.0, 0.0, 0.0], -0.10, False),  # 6.88 A become 6.2 A
+        ([0.0, 0.0, 0.0], -0.16, True),  # 6.88 A become 5.8 A: edges are missing
+        ([float("nan"), 0.0, 0.0], 0.0, True),
+    ],
+)
+def test_all_ranks_agree_when_one_atom_of_one_rank_has_moved_too_far(pool, displacement, strain, too_far):
+    batch = structure("bulk several cutoffs long")
+    assert pool.run(3, judge_motion, batch, 5, displacement, strain) == [too_far] * 3
+
+
+# --- memory and pieces
+# ----------------------------------------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest number of elements any operation returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return out
+
+
+def largest_tensor(group, cells_per_rank: int) -> tuple[int, int]:
+    """Build a plan of a long rod of which each rank makes a piece itself; return bytes and ghosts."""
+    ranks = Ranks(group)
+    piece = bulk("Ag", "fcc", a=4.09, cubic=True) * (2, 2, cells_per_rank)
+    whole = piece.cell.array * [[1], [1], [ranks.size]]
+    n = len(piece)
+    piece.set_cell(whole)
+    piece.positions[:, 2] += ranks.rank * whole[2, 2] / ranks.size
+    batch = AtomBatch.from_ase(piece)
+    memory = LargestTensor()
+    with memory:
+        plan = build_plan(batch, torch.arange(n) + ranks.rank * n, R_CUT, ranks, backend="torch")
+    return memory.largest, plan.gp.n_ghost
+
+
+def test_memory_per_rank_does_not_grow_with_the_number_of_ranks(pool):
+    few, many = (pool.run(size, largest_tensor, 6) for size in (3, 6))
+    assert max(m for m, _ in many) <= 1.2 * max(m for m, _ in few)
+    assert all(ghosts > 0 for _, ghosts in many)
+
+
+def pieces_in_disorder(group, batch: AtomBatch) -> tuple[float, torch.Tensor]:
+    """Everything is on rank 1 at first, in another order, with its velocities."""
+    ranks = Ranks(group)
+    n = len(batch.numbers) if ranks.rank == 1 else 0
+    order = torch.randperm(len(batch.numbers), generator=torch.Generator().manual_seed(3))[:n]
+    piece = replace(
+        batch,
+        positions=batch.positions[order],
+        numbers=batch.numbers[order],
+        system=batch.system[order],
+        forces=batch.forces[order],
+    )
+    velocities = batch.positions[order].roll(1, dims=1)
+    plan = build_plan(piece, order, R_CUT, ranks, carried=(velocities,))
+    p = emt().eval()(plan.positions, plan.graph, plan.gp)
+    return float(p.energy.sum()), plan.gather_owned(plan.carried[0])
+
+
+def test_atoms_may_start_anywhere_and_carry_their_velocities_along(pool):
+    batch = structure("batch")
+    for energy, velocities in pool.run(4, pieces_in_disorder, batch):
+        assert energy == pytest.approx(float(single_energy(batch)[0].sum()), abs=1e-9)
+        assert torch.equal(velocities, batch.positions.roll(1, dims=1))
+
+
+def rows_of_plan(group, batch: AtomBatch, ranks_first: bool) -> list[int]:
+    ranks = Ranks(group)
+    piece, ids = share_of(batch, ranks)
+    if ranks_first:  # the same atoms, dealt like cards
+        ids = torch.arange(ranks.rank, len(batch.numbers), ranks.size)
+        piece = replace(
+            batch,
+            positions=batch.positions[ids],
+            numbers=batch.numbers[ids],
+            system=batch.system[ids],
+            forces=batch.forces[ids],
+        )
+    return build_plan(piece, ids, R_CUT, ranks).ids.tolist()
+
+
+def test_a_plan_does_not_depend_on_who_held_which_atom_before(pool):
+    batch = structure("batch")
+    assert pool.run(3, rows_of_plan, batch, False) == pool.run(3, rows_of_plan, batch, True)
+
+
+def changing_systems(group) -> list[float]:
+    """Number of atoms, species, cell, periodicity change from call to call."""
+    errors = []
+    for name in (
+        "molecule",
+        "bulk several cutoffs long",
+        "lone atom",
+        "slab with vacuum",
+        "one primitive cell",
+    ):
+        batch = structure(name)
+        plan = plan_of(group, batch)
+        p = emt().eval()(plan.positions, plan.graph, plan.gp)
+        errors.append(float((p.energy - single_energy(batch)[0]).abs().max()))
+    return errors
+
+
+def test_nothing_of_the_previous_structure_remains(pool):
+    assert all(max(errors) < 1e-10 for errors in pool.run(2, changing_systems))
+
+
+# --- guards
+# ---------------------------------------------------------------------------------------------------
+
+
+def failing_rank(group, fault: str) -> tuple[str, float]:
+    ranks = Ranks(group)
+    piece, ids = share_of(structure("bulk several cutoffs long"), ranks)
+    if ranks.rank == 1:
+        if fault == "nan":
+            piece.positions[3, 1] = torch.nan
+        elif fault == "numbers":
+            piece = replace(piece, numbers=piece.numbers[:-1])
+        elif fault == "twice":
+            ids = ids.clone()
+            ids[0] = 0
+    start = time.monotonic()
+    try:
+        build_plan(piece, ids, R_CUT, ranks)
+    except (RankFailure, ValueError) as error:
+        return str(error), time.monotonic() - start
+    return "", 0.0
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("nan", "rank 1 of 3 failed while checking its atoms: ValueError: atom 67 is at"),
+        ("numbers", "rank 1 of 3 failed while checking its atoms: ValueError: ids, numbers"),
+        ("twice", "an atom is missing or was given to two ranks"),
+    ],
+)
+def test_bad_input_of_one_rank_raises_on_every_rank_within_seconds(pool, fault, message):
+    for found, seconds in pool.run(3, failing_rank, fault):
+        assert message in found
+        assert seconds < 5
+
+
+def damaged_plan(group, damage: str) -> str:
+    plan = plan_of(group, structure("bulk several cutoffs long"))
+    graph, gp, ids = plan.graph, plan.gp, plan.ids
+    if plan.ranks.rank == 0:
+        if damage == "wrong row":
+            index = gp.send_idx.clone()
+            index[0] = (index[0] + 1) % gp.n_owned
+            gp = replace(gp, send_idx=index)
+        elif damage == "lost edge":
+            at = int((graph.edge_index[0] >= gp.n_owned).nonzero()[0])
+            keep = torch.arange(graph.edge_index.shape[1]) != at
+            graph = replace(graph, edge_index=graph.edge_index[:, keep])
+        elif damage == "lost atom":
+            ids = ids.clone()
+            ids[0] = ids[1]
+    try:
+        check_share(graph, gp, ids, plan.ranks, symmetric=True)
+    except (RankFailure, ValueError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("none", ""),
+        ("wrong row", "ghosts receive other atoms' rows"),
+        ("lost edge", "the halo is incomplete"),
+        ("lost atom", "missing or was given to two ranks"),
+    ],
+)
+def test_a_damaged_plan_is_refused_by_every_rank(pool, damage, message):
+    for found in pool.run(3, damaged_plan, damage):
+        assert (message in found) if message else found == ""
+
+
+def test_unknown_partition_is_refused_with_the_choices():
+    batch = AtomBatch.from_ase(Atoms("Ag", cell=np.eye(3) * 9, pbc=True))
+    with pytest.raises(ValueError, match="'auto', 'bisection'"):
+        build_plan(batch, torch.arange(1), R_CUT, Ranks(), partition="metis")
+
+
+def test_one_rank_has_no_ghosts_and_the_same_edges():
+    batch = structure("batch")
+    plan = build_plan(*share_of(batch, Ranks()), R_CUT, Ranks())
+    assert plan.gp.n_ghost == 0
+    assert plan.gp.group is None
+    length = torch.linalg.vector_norm(
+        edge_vectors(plan.graph.with_positions(plan.positions, batch.cell)), dim=1
+    )
+    reference = emt().graph(batch)
+    expected = torch.linalg.vector_norm(
+        edge_vectors(reference.with_positions(batch.positions, batch.cell)), dim=1
+    )
+    torch.testing.assert_close(length.sort().values, expected.sort().values)
