@@ -1,1 +1,1 @@
-"""."""
+"""Interatomic potentials."""

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gnnmd.graph.graph import AtomGraph
@@ -21,15 +20,26 @@ class Backbone(nn.Module):
 
     Attributes:
         r_cut: cutoff, Angstrom.
+        max_number: largest atomic number its tables hold.
+        charge_range: smallest and largest total charge it can embed; None = any.
+        spin_range: smallest and largest spin multiplicity it can embed; None = any.
+        max_neighbors: neighbours kept per atom, nearest first; None = all (a limit makes the energy discontinuous).
+        edge_chunk: edges that are processed at a time; None = all. A smaller number costs a recomputation in the
+            backward pass and bounds the memory. May be set at any time.
         blocks: modules with the signature ``block(h_all, basis, g, n_owned) -> h_owned``.
         norm: module applied to the last owned rows.
     """
 
     r_cut: float
+    max_number: int
+    charge_range: tuple[int, int] | None = None
+    spin_range: tuple[int, int] | None = None
+    max_neighbors: int | None = None
+    edge_chunk: int | None = None
     blocks: nn.ModuleList
     norm: nn.Module
 
-    def edge_basis(self, g: AtomGraph, system_sum: SystemSum) -> Any:
+    def edge_basis(self, g: AtomGraph, n_owned: int, system_sum: SystemSum) -> Any:
         """Return everything that all blocks read and no block changes (radial basis, rotations, embeddings)."""
         raise NotImplementedError
 
@@ -37,22 +47,22 @@ class Backbone(nn.Module):
         """Return the initial rows ``[n_all, ...]`` of owned and ghost atoms (species are known everywhere)."""
         raise NotImplementedError
 
-    def after_block(self, h: Tensor, g: AtomGraph, system_sum: SystemSum) -> Tensor:
-        """Adjust owned rows after a block; the identity unless a model couples the atoms of a system."""
+    def after_block(self, i: int, h: Tensor, g: AtomGraph, system_sum: SystemSum) -> Tensor:
+        """Adjust owned rows after block i; the identity unless a model couples all atoms of a system."""
         return h
 
     def forward(self, g: AtomGraph, gp: GPContext) -> Tensor:
-        """Return the features of the owned atoms, ``[n_owned, ...]``."""
+        """Return the features of the owned atoms, ``[n_owned, K, C]``; row 0 of the second axis is invariant."""
 
         def system_sum(x: Tensor) -> Tensor:
             partial = x.new_zeros(g.n_systems, *x.shape[1:]).index_add(0, g.system[: gp.n_owned], x)
             return gp.sum_shared(partial)
 
-        basis = self.edge_basis(g, system_sum)
+        basis = self.edge_basis(g, gp.n_owned, system_sum)
         h_all = self.embed(g, basis)
         for i, block in enumerate(self.blocks):
             h = block(h_all, basis, g, gp.n_owned)
-            h = self.after_block(h, g, system_sum)
+            h = self.after_block(i, h, g, system_sum)
             if i + 1 < len(self.blocks):
                 h_all = gp.exchange(h)  # the one line that knows others exist
         return self.norm(h)

@@ -1,8 +1,66 @@
 """From atoms to energy, forces and stress, once for all models."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from math import gcd
+from typing import Any
 
-from torch import Tensor
+import torch
+from ase.data import chemical_symbols
+from torch import Tensor, nn
+
+from gnnmd.graph.atoms import AtomBatch
+from gnnmd.graph.geometry import strained, volume
+from gnnmd.graph.graph import AtomGraph
+from gnnmd.graph.neighbors import NeighborList, neighbor_list
+from gnnmd.models.backbone import Backbone
+from gnnmd.nn.float64 import Float64Buffers
+from gnnmd.parallel import GPContext
+
+#: Rows of `Potential.element_energies`: one per atomic number, row 0 unused.
+N_ELEMENTS = 119
+
+
+@dataclass(frozen=True)
+class MergedFor:
+    """The systems a mixture of experts was merged for; its weights are wrong for all others.
+
+    Attributes:
+        composition: "reduced" (counts up to a common factor), "exact" or "any".
+        numbers: atomic numbers, ascending.
+        counts: how often each occurs.
+        charge: total charge.
+        spin: spin multiplicity.
+        dataset: name of the data set.
+    """
+
+    composition: str
+    numbers: tuple[int, ...]
+    counts: tuple[int, ...]
+    charge: int
+    spin: int
+    dataset: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "numbers", tuple(self.numbers))
+        object.__setattr__(self, "counts", tuple(self.counts))
+
+    @classmethod
+    def of(cls, batch: AtomBatch, b: int, dataset: str, composition: str) -> "MergedFor":
+        """Describe system b of a batch."""
+        numbers, counts = torch.unique(batch.numbers[batch.system == b], return_counts=True)
+        if composition == "any":
+            numbers = counts = numbers[:0]
+        elif composition == "reduced":
+            counts = counts // gcd(*counts.tolist())
+        return cls(
+            composition=composition,
+            numbers=tuple(numbers.tolist()),
+            counts=tuple(counts.tolist()),
+            charge=int(batch.charge[b]),
+            spin=int(batch.spin[b]),
+            dataset=dataset,
+        )
 
 
 @dataclass(frozen=True)
@@ -13,7 +71,7 @@ class Prediction:
         energy: ``[B]`` float64, eV.
         forces: ``[n_owned, 3]`` float64, eV/A.
         stress: ``[B, 3, 3]`` float64, eV/A^3, dE/dstrain / V (positive = tension); NaN for systems whose cell has
-            no volume; None when it was not asked for.
+            no volume; None when it was not asked for or the model has none.
         node_energies: ``[n_owned]`` float64, eV, summing to the energy.
         descriptors: ``[n_owned, C]`` invariant node features, or None when they were not asked for.
     """
@@ -23,3 +81,196 @@ class Prediction:
     stress: Tensor | None
     node_energies: Tensor
     descriptors: Tensor | None = None
+
+    def detach(self) -> "Prediction":
+        """Return the same numbers without their graph."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Prediction(**{name: t if t is None else t.detach() for name, t in tensors.items()})
+
+
+class Potential(Float64Buffers):
+    """A backbone with heads.
+
+    The head "energy" is always there. Forces are derivatives of the energy unless there is a head "forces"; so is the
+    stress, unless there is a head "stress" (and none of it if only the forces have a head).
+
+    Args:
+        backbone: the message-passing model.
+        heads: by what they predict: "energy", "forces", "stress".
+        datasets: names of the data sets (levels of theory) the model tells apart; () = it knows no such names.
+        elements: atomic numbers it was trained on; () = all its tables hold.
+
+    Attributes:
+        element_energies: ``[119]`` float64, eV, added per atom.
+        energy_scale: float64 scalar, eV; multiplies what the heads return.
+        config: the `PotentialConfig` it was built from, if `build_potential` built it.
+        merged_for: the systems its experts were merged for; it refuses others.
+    """
+
+    element_energies: Tensor
+    energy_scale: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        heads: Mapping[str, nn.Module],
+        *,
+        datasets: Sequence[str] = (),
+        elements: Sequence[int] = (),
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleDict(heads)
+        self.datasets = tuple(datasets)
+        self.elements = tuple(sorted(elements))
+        self.config: Any = None
+        self.merged_for: MergedFor | None = None
+        self.register_buffer("element_energies", torch.zeros(N_ELEMENTS, dtype=torch.float64))
+        self.register_buffer("energy_scale", torch.ones((), dtype=torch.float64))
+
+    @property
+    def r_cut(self) -> float:
+        """Cutoff of the neighbour list, Angstrom."""
+        return self.backbone.r_cut
+
+    def graph(
+        self, batch: AtomBatch, neighbors: NeighborList | None = None, *, backend: str = "auto"
+    ) -> AtomGraph:
+        """Return the graph of a batch on one rank, after checking that the model can describe it.
+
+        Args:
+            batch: one or many systems.
+            neighbors: all edges within `r_cut`; built here if not given.
+            backend: which neighbour-list backend builds it.
+
+        Raises:
+            ValueError: an element, charge, spin or data set the model does not know, or another cutoff.
+        """
+        self._check(batch)
+        names = [self.dataset_name(name) for name in batch.dataset]
+        indices = [self.datasets.index(name) if name else 0 for name in names]
+        if neighbors is None:
+            limit = self.backbone.max_neighbors
+            neighbors = neighbor_list(batch, self.r_cut, backend=backend, max_neighbors=limit)
+        elif neighbors.r_cut != self.r_cut:
+            raise ValueError(
+                f"the neighbour list was built with r_cut={neighbors.r_cut} A but the model needs {self.r_cut} A; "
+                "build it with potential.r_cut"
+            )
+        return AtomGraph(
+            numbers=batch.numbers,
+            system=batch.system,
+            edge_index=neighbors.edge_index,
+            shift=neighbors.shift,
+            cell=batch.cell,
+            n_atoms=batch.n_atoms,
+            charge=batch.charge,
+            spin=batch.spin,
+            dataset=torch.tensor(indices, dtype=torch.int64).to(batch.numbers.device),
+        )
+
+    def forward(
+        self, pos: Tensor, g: AtomGraph, gp: GPContext, *, stress: bool = True, descriptors: bool = False
+    ) -> Prediction:
+        """Return energy, forces and stress.
+
+        In training mode everything can be differentiated by the parameters; else nothing is attached to a graph.
+
+        Args:
+            pos: ``[n_owned, 3]`` float64 positions of the owned atoms, Angstrom.
+            g: the graph of this rank, without positions.
+            gp: this rank's share of it; `GPContext.single(n_atoms)` on one rank.
+            stress: whether to compute the stress.
+            descriptors: whether to return the invariant node features.
+        """
+        system = g.system[: gp.n_owned]
+        by_positions = "forces" not in self.heads
+        by_strain = by_positions and stress and "stress" not in self.heads
+        with torch.set_grad_enabled(by_positions or self.training):
+            if by_positions and not pos.requires_grad:
+                pos = pos.detach().requires_grad_()
+            x, cell, strain = strained(pos, g.cell, system) if by_strain else (pos, g.cell, None)
+            features = self.backbone(g.with_positions(gp.exchange(x), cell), gp)  # [n_owned, K, C]
+            with torch.autocast(
+                pos.device.type, enabled=False
+            ):  # heads, sums and derivatives in full precision
+                features = features.to(next(self.parameters()).dtype)
+                out = {
+                    name: self.energy_scale * head(features, g).to(torch.float64)
+                    for name, head in self.heads.items()
+                    if stress or name != "stress"
+                }
+                node_energies = out["energy"] + self.element_energies[g.numbers[: gp.n_owned]]
+                energy = node_energies.new_zeros(g.n_systems).index_add(
+                    0, system, node_energies
+                )  # of this rank
+                if by_positions:
+                    leaves = [pos, strain] if by_strain else [pos]
+                    gradients = torch.autograd.grad(
+                        energy.sum(), leaves, create_graph=self.training, materialize_grads=True
+                    )
+                    out["forces"] = -gradients[0]
+            v = volume(g.cell)[:, None, None]  # [B, 1, 1]
+            if by_strain:
+                out["stress"] = gradients[1] / torch.where(v > 0, v, 1.0)
+            if "stress" in out:
+                out["stress"] = torch.where(v > 0, gp.sum_ranks(out["stress"]), torch.nan)
+        prediction = Prediction(
+            energy=gp.sum_ranks(energy),
+            forces=out["forces"],
+            stress=out.get("stress"),
+            node_energies=node_energies,
+            descriptors=features[:, 0] if descriptors else None,
+        )
+        return prediction if self.training else prediction.detach()
+
+    def _check(self, batch: AtomBatch) -> None:
+        """Refuse what the tables of the model cannot hold or what it was not trained on."""
+        numbers = torch.unique(batch.numbers).tolist()
+        beyond = [z for z in numbers if not 1 <= z <= self.backbone.max_number]
+        if beyond:
+            raise ValueError(
+                f"atomic numbers {beyond} are outside 1..{self.backbone.max_number}, which the model holds"
+            )
+        unseen = [z for z in numbers if self.elements and z not in self.elements]
+        if unseen:
+            known = ", ".join(chemical_symbols[z] for z in self.elements)
+            raise ValueError(
+                f"the model was not trained on {', '.join(chemical_symbols[z] for z in unseen)}; it knows {known}. "
+                "Train it on these elements (gnnmd train, fine-tuning) or remove them"
+            )
+        for name, values, limits in [
+            ("charge", batch.charge, self.backbone.charge_range),
+            ("spin", batch.spin, self.backbone.spin_range),
+        ]:
+            if (
+                limits
+                and len(values)
+                and not limits[0] <= int(values.min()) <= int(values.max()) <= limits[1]
+            ):
+                raise ValueError(
+                    f"{name} {values.tolist()} of the systems must lie in {limits[0]}..{limits[1]}, the range of the "
+                    "model's embedding"
+                )
+        if self.merged_for is None:
+            return
+        for b, name in enumerate(batch.dataset):
+            found = MergedFor.of(batch, b, self.dataset_name(name), self.merged_for.composition)
+            if found != self.merged_for:
+                raise ValueError(
+                    f"the experts were merged for {self.merged_for}, but system {b} is {found}. "
+                    "Use the potential from before merging"
+                )
+
+    def dataset_name(self, name: str) -> str:
+        """Return the name under which the model knows a system's data set, "" if it makes no difference."""
+        if name in self.datasets:
+            return name
+        if not self.datasets:
+            return ""
+        if not name and len(self.datasets) == 1:
+            return self.datasets[0]
+        given = f"dataset {name!r} is not known" if name else "no dataset is given"
+        raise ValueError(
+            f"{given}; the model knows {', '.join(self.datasets)}. Set atoms.info['dataset'] to one of these"
+        )

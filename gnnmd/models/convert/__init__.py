@@ -1,1 +1,1 @@
-"""."""
+"""Potentials from the weights of other packages."""

@@ -1,0 +1,520 @@
+"""eSCN-MD, the network of the eSEN and UMA potentials (arXiv 2502.12147, 2506.23971).
+
+Features of an atom are spherical-harmonic coefficients ``[S, C]``. A message rotates the rows of both atoms into the
+frame of their edge, where equivariant maps are small dense matrices per order m, and rotates the result back.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gnnmd.graph.geometry import edge_vectors
+from gnnmd.graph.graph import AtomGraph
+from gnnmd.models.backbone import Backbone, SystemSum
+from gnnmd.nn.activations import DegreeGate, EdgeGate, SphereSiLU, node_grid
+from gnnmd.nn.embeddings import (
+    CHARGE_RANGE,
+    CHARGE_SPIN_EMBEDDINGS,
+    SPIN_RANGE,
+    UNKNOWN_SPIN,
+    SystemEmbedding,
+)
+from gnnmd.nn.experts import EXPERT_NORMS, ExpertLinear, Router, Routing
+from gnnmd.nn.mlp import RadialMLP
+from gnnmd.nn.norms import NORMS, DegreeNorm
+from gnnmd.nn.radial import GaussianBasis, envelope
+from gnnmd.nn.recompute import recomputed
+from gnnmd.nn.scatter import rotated_rows
+from gnnmd.nn.so2 import SO2Linear, rows_per_order
+from gnnmd.nn.so3 import SO3Linear, n_rows
+from gnnmd.nn.wigner import WignerD, edge_frames
+
+#: Divides the sum of the edge-degree embedding, so that it stays of order one for usual numbers of neighbours.
+EDGE_DEGREE_SCALE = 5.0
+
+#: On a CPU messages are computed for so many numbers [edges, S, C] at a time that they stay in its caches: 12 to 18 %
+#: less time at 100 to 250 atoms. The number of pieces is limited, because each has a gradient of all atoms.
+CACHE_VALUES = 2**20
+MOST_CACHE_PIECES = 8
+
+#: Which linear maps of a layer have experts: SO(2) maps of m = 0, of m > 0, radial networks, feed-forward.
+EXPERT_PLACES = {
+    "so2": (True, True, False, False),
+    "so2m0": (True, False, False, False),
+    "all": (True, True, True, True),
+    "notso2": (False, False, False, True),
+}
+
+
+@dataclass
+class ExpertsConfig:
+    """Mixture of linear experts: the weights of some linear maps are mixed per system.
+
+    Attributes:
+        count: number of experts.
+        norm: "softmax", or "pnorm", whose coefficients depend on the number of systems in the batch (as published).
+        composition: route by the mean embedding of the elements too, not only by charge, spin and data set.
+        layers: indices of the layers that have experts; None = all.
+        where: a key of `EXPERT_PLACES`.
+        dropout: of the routing network's output, in training.
+        mean_counts_one_more: divide the composition's sum over n atoms by n + 1, a quirk of UMA-S-1.2 that breaks
+            extensivity.
+    """
+
+    count: int = 8
+    norm: str = "softmax"
+    composition: bool = True
+    layers: tuple[int, ...] | None = None
+    where: str = "so2"
+    dropout: float = 0.0
+    mean_counts_one_more: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            self.layers = tuple(self.layers)
+        if self.count < 1:
+            raise ValueError(
+                f"experts.count={self.count} must be at least 1; leave experts out for a plain model"
+            )
+        _one_of("experts.norm", self.norm, EXPERT_NORMS)
+        _one_of("experts.where", self.where, EXPERT_PLACES)
+
+
+@dataclass
+class EscnMDConfig:
+    """Shape of an eSCN-MD network.
+
+    Attributes:
+        r_cut: cutoff, Angstrom.
+        lmax: largest degree of the features.
+        mmax: largest order used in the frame of an edge.
+        channels: features per coefficient, C; even.
+        hidden_channels: the same inside a layer, H.
+        edge_channels: width of the radial networks and of their element embeddings.
+        num_layers: message-passing layers.
+        num_basis: Gaussians of the distance, at least 2.
+        norm: "rms_norm_sh", "layer_norm" or "layer_norm_sh".
+        activation: of messages, "gate" or "s2".
+        feed_forward: of atoms, "spectral" or "grid" (equivariant up to about 1e-8 only).
+        grid_resolution: points per angle of the sphere grids, even; None = the smallest.
+        charge_spin_embedding: "rand_emb" (a table), "pos_emb" (waves) or "lin_emb" (linear).
+        dataset_embedding: whether a model that knows several data sets embeds them.
+        freeze_charge_spin: keep the charge and spin embeddings as they are in training.
+        freeze_dataset: keep the data-set embedding as it is in training.
+        charge_balanced_channels: scalar channels that are shifted after every layer so that they sum to the charge.
+        spin_balanced_channels: the same for spin - 1; done after the charge.
+        max_number: element tables hold atomic numbers up to this one.
+        max_neighbors: neighbours kept per atom, nearest first; None = all. A limit makes the energy discontinuous.
+        experts: mixture of linear experts, or None.
+    """
+
+    r_cut: float = 6.0
+    lmax: int = 2
+    mmax: int = 2
+    channels: int = 64
+    hidden_channels: int = 64
+    edge_channels: int = 64
+    num_layers: int = 2
+    num_basis: int = 64
+    norm: str = "rms_norm_sh"
+    activation: str = "gate"
+    feed_forward: str = "spectral"
+    grid_resolution: int | None = None
+    charge_spin_embedding: str = "rand_emb"
+    dataset_embedding: bool = True
+    freeze_charge_spin: bool = False
+    freeze_dataset: bool = False
+    charge_balanced_channels: tuple[int, ...] = ()
+    spin_balanced_channels: tuple[int, ...] = ()
+    max_number: int = 118
+    max_neighbors: int | None = None
+    experts: ExpertsConfig | None = None
+
+    def __post_init__(self) -> None:
+        self.charge_balanced_channels = tuple(self.charge_balanced_channels)
+        self.spin_balanced_channels = tuple(self.spin_balanced_channels)
+        _one_of("norm", self.norm, NORMS)
+        _one_of("activation", self.activation, ("gate", "s2"))
+        _one_of("feed_forward", self.feed_forward, ("spectral", "grid"))
+        _one_of("charge_spin_embedding", self.charge_spin_embedding, CHARGE_SPIN_EMBEDDINGS)
+        smallest_grid = 2 * (self.lmax + 1)
+        grid = self.grid_resolution or smallest_grid
+        balanced = self.charge_balanced_channels + self.spin_balanced_channels
+        layers = (self.experts and self.experts.layers) or ()
+        for holds, complaint in [
+            (self.r_cut > 0, f"r_cut={self.r_cut} A must be positive"),
+            (0 <= self.mmax <= self.lmax, f"mmax={self.mmax} must lie in 0..lmax={self.lmax}"),
+            (
+                self.channels > 0 and self.channels % 2 == 0,
+                f"channels={self.channels} must be even and positive",
+            ),
+            (self.num_basis >= 2, f"num_basis={self.num_basis} must be at least 2"),
+            (
+                grid % 2 == 0 and grid >= smallest_grid,
+                f"grid_resolution={grid} must be even and at least {smallest_grid} for lmax={self.lmax}",
+            ),
+            (
+                all(0 <= c < self.channels for c in balanced),
+                f"balanced channels {balanced} must lie in 0..{self.channels - 1}",
+            ),
+            (
+                all(-self.num_layers <= i < self.num_layers for i in layers),
+                f"experts.layers={layers} must lie in 0..{self.num_layers - 1}",
+            ),
+        ]:
+            if not holds:
+                raise ValueError(complaint)
+
+    def experts_in(self, layer: int) -> tuple[int, int, int, int]:
+        """Return the number of experts in the places of `EXPERT_PLACES` in one layer, 0 = plain maps."""
+        e = self.experts
+        if e is None or (
+            e.layers is not None and layer not in e.layers and layer - self.num_layers not in e.layers
+        ):
+            return (0, 0, 0, 0)
+        m0, m, radial, feed_forward = (e.count * place for place in EXPERT_PLACES[e.where])
+        return m0, m, radial, feed_forward
+
+
+def _one_of(name: str, value: str, known: Sequence[str] | dict) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Edges:
+    """All edges of some consecutive atoms, and what messages read of them.
+
+    Attributes:
+        atoms: rows of these atoms.
+        source: ``[E]`` rows of the sources.
+        target: ``[E]`` rows of the targets, ascending.
+        to_edge: ``[E, R, S]`` rotation into the frame of the edge, rows with |m| <= mmax in m-major order.
+        from_edge: ``[E, S, R]`` rotation back, times the envelope, so that every message carries it once.
+        scalars: ``[E, num_basis + 2 edge_channels]`` Gaussians and the embeddings of both elements.
+        routing: experts of the edges, or None.
+    """
+
+    atoms: slice
+    source: Tensor
+    target: Tensor
+    to_edge: Tensor
+    from_edge: Tensor
+    scalars: Tensor
+    routing: Routing | None
+
+
+@dataclass(frozen=True)
+class EscnBasis:
+    """What all layers read and none changes.
+
+    Attributes:
+        edges: of the owned atoms, in the pieces in which they are processed.
+        recompute: whether what is computed for a piece is computed again in the backward pass.
+        system: ``[B, C]`` embedding of charge, spin and data set.
+        routing: experts of the owned atoms, or None.
+    """
+
+    edges: list[Edges]
+    recompute: bool
+    system: Tensor
+    routing: Routing | None
+
+
+class EdgeSum(nn.Module):
+    """Sum of messages over the edges of each atom."""
+
+    def messages(self, h: Tensor, edges: Edges) -> Tensor:
+        """Return ``[E, S, C]`` from the rows ``h [n_all, S, C]`` of owned and ghost atoms."""
+        raise NotImplementedError
+
+    def forward(self, h: Tensor, basis: EscnBasis) -> Tensor:
+        """Return ``[n_owned, S, C]``."""
+        sums: list[Tensor] = []
+        for edges in basis.edges:
+            inputs = [h, edges.to_edge, edges.from_edge, edges.scalars]
+            if edges.routing is not None:
+                inputs.append(edges.routing.coefficients)
+            summed = partial(self._summed, edges)
+            if basis.recompute:
+                sums += recomputed(summed, inputs, list(self.parameters()))
+            else:
+                sums += summed(*inputs)
+        return torch.cat(sums)
+
+    def _summed(
+        self,
+        edges: Edges,
+        h: Tensor,
+        to_edge: Tensor,
+        from_edge: Tensor,
+        scalars: Tensor,
+        *coefficients: Tensor,
+    ) -> tuple[Tensor]:
+        """Return the sums of one piece as a function of everything in it that is differentiated."""
+        routing = edges.routing and replace(edges.routing, coefficients=coefficients[0])
+        edges = replace(edges, to_edge=to_edge, from_edge=from_edge, scalars=scalars, routing=routing)
+        zeros = h.new_zeros(edges.atoms.stop - edges.atoms.start, *h.shape[1:])
+        return (zeros.index_add(0, edges.target - edges.atoms.start, self.messages(h, edges).to(h.dtype)),)
+
+
+class EdgeDegree(EdgeSum):
+    """First block: what surrounds an atom before any message, radial functions times spherical harmonics."""
+
+    def __init__(self, config: EscnMDConfig):
+        super().__init__()
+        self.n_m0, self.channels = config.lmax + 1, config.channels
+        width = config.num_basis + 2 * config.edge_channels
+        self.radial = RadialMLP(width, config.edge_channels, [self.n_m0 * config.channels])
+
+    def messages(self, h: Tensor, edges: Edges) -> Tensor:
+        """Return ``[E, S, C]``; in the frame of the edge only m = 0 is not zero."""
+        m0 = self.radial(edges.scalars, None)[0].unflatten(1, (self.n_m0, self.channels))
+        return torch.bmm(edges.from_edge[:, :, : self.n_m0], m0) / EDGE_DEGREE_SCALE
+
+
+class EdgeConvolution(EdgeSum):
+    """Messages of one layer: rotate both atoms, convolve, activate, convolve, rotate back.
+
+    What comes from the source and from the target is kept apart up to the first activation, where it is added: the
+    same as convolving their concatenation, without the copies.
+    """
+
+    def __init__(self, config: EscnMDConfig, experts: tuple[int, int, int, int]):
+        super().__init__()
+        m0, m, radial, _ = experts
+        lmax, mmax, c, hidden = config.lmax, config.mmax, config.channels, config.hidden_channels
+        self.activation: EdgeGate | SphereSiLU = EdgeGate(lmax, hidden)
+        if config.activation == "s2":
+            self.activation = SphereSiLU(lmax, mmax, hidden, config.grid_resolution)
+        extra, places = self.activation.extra, {"experts_m0": m0, "experts_m": m}
+        self.rows = rows_per_order(lmax, mmax)
+        self.factors = [self.rows[0], *(n // 2 for n in self.rows[1:])]  # the same for +m and -m
+        scalars, width = config.num_basis + 2 * config.edge_channels, config.edge_channels
+        self.radial = RadialMLP(scalars, width, [sum(self.factors) * c] * 2, experts=radial)
+        self.from_source = SO2Linear(lmax, mmax, c, hidden, extra=extra, **places)
+        self.from_target = SO2Linear(lmax, mmax, c, hidden, extra=extra, bias=False, **places)
+        self.mix = SO2Linear(lmax, mmax, hidden, c, **places)
+
+    def messages(self, h: Tensor, edges: Edges) -> Tensor:
+        """Return ``[E, S, C]``."""
+        source, target = self.radial(edges.scalars, edges.routing)
+        y = self.from_source(self._rotated(h, edges.source, edges, source), edges.routing)
+        y = self.from_target(self._rotated(h, edges.target, edges, target), edges.routing, onto=y)
+        x = torch.cat(self.mix(self.activation(y), edges.routing), dim=1)
+        return torch.bmm(edges.from_edge, x.unflatten(1, (sum(self.rows), h.shape[2])))
+
+    def _rotated(self, h: Tensor, atoms: Tensor, edges: Edges, radial: Tensor) -> list[Tensor]:
+        """Return the features of one atom of each edge in the frame of the edge, times radial factors."""
+        x = rotated_rows(edges.to_edge, h, atoms).split(self.rows, dim=1)
+        factors = radial.unflatten(1, (sum(self.factors), h.shape[2])).split(self.factors, dim=1)
+        y = [x[0] * factors[0]]
+        for xm, f, n in zip(x[1:], factors[1:], self.factors[1:], strict=True):
+            y.append(xm.unflatten(1, (2, n)) * f[:, None])
+        return [ym.flatten(1) for ym in y]
+
+
+class SpectralFeedForward(nn.Module):
+    """Per atom: a map per degree, gates from the scalars, a map per degree."""
+
+    def __init__(self, config: EscnMDConfig, experts: int):
+        super().__init__()
+        lmax, c, hidden = config.lmax, config.channels, config.hidden_channels
+        self.gates = ExpertLinear(c, lmax * hidden, experts=experts)
+        self.linear_1 = SO3Linear(lmax, c, hidden)
+        self.activation = DegreeGate(lmax)
+        self.linear_2 = SO3Linear(lmax, hidden, c)
+
+    def forward(self, x: Tensor, routing: Routing | None) -> Tensor:
+        """Map ``[n, S, C]`` to ``[n, S, C]``."""
+        gates = F.silu(self.gates(x[:, 0], routing))
+        return self.linear_2(self.activation(self.linear_1(x), gates))
+
+
+class GridFeedForward(nn.Module):
+    """Per atom: a dense network at every point of a sphere grid."""
+
+    def __init__(self, config: EscnMDConfig, experts: int):
+        super().__init__()
+        c, hidden = config.channels, config.hidden_channels
+        self.grid = node_grid(config.lmax, config.grid_resolution)
+        widths = [(c, hidden), (hidden, hidden), (hidden, c)]
+        self.layers = nn.ModuleList(ExpertLinear(*w, bias=False, experts=experts) for w in widths)
+
+    def forward(self, x: Tensor, routing: Routing | None) -> Tensor:
+        """Map ``[n, S, C]`` to ``[n, S, C]``."""
+        f = self.grid.to_values(x)  # [n, G, C]
+        n, points = f.shape[:2]
+        if routing is not None and routing.rows is not None:
+            routing = routing.of_rows([points * rows for rows in routing.rows])
+        f = f.flatten(0, 1)
+        f = F.silu(self.layers[0](f, routing))
+        f = F.silu(self.layers[1](f, routing))
+        return self.grid.to_coefficients(self.layers[2](f, routing).unflatten(0, (n, points)))
+
+
+class EdgeDegreeBlock(nn.Module):
+    """Adds the edge-degree embedding.
+
+    It is the first block of the loop, not part of the embedding of atoms: it needs the edges of a row, which a rank
+    has for the atoms it owns only.
+    """
+
+    def __init__(self, config: EscnMDConfig):
+        super().__init__()
+        self.edge_degree = EdgeDegree(config)
+
+    def forward(self, h_all: Tensor, basis: EscnBasis, g: AtomGraph, n_owned: int) -> Tensor:
+        """Map ``[n_all, S, C]`` to ``[n_owned, S, C]``."""
+        return h_all[:n_owned] + self.edge_degree(h_all, basis)
+
+
+class EscnBlock(nn.Module):
+    """One layer: messages, then a network per atom, each on normalised features and added to what was there."""
+
+    def __init__(self, config: EscnMDConfig, layer: int):
+        super().__init__()
+        experts = config.experts_in(layer)
+        self.norm_1 = DegreeNorm(config.norm, config.lmax, config.channels)
+        self.edge_convolution = EdgeConvolution(config, experts)
+        self.norm_2 = DegreeNorm(config.norm, config.lmax, config.channels)
+        feed_forward = SpectralFeedForward if config.feed_forward == "spectral" else GridFeedForward
+        self.feed_forward = feed_forward(config, experts[3])
+
+    def forward(self, h_all: Tensor, basis: EscnBasis, g: AtomGraph, n_owned: int) -> Tensor:
+        """Map ``[n_all, S, C]`` to ``[n_owned, S, C]``."""
+        x = self.norm_1(h_all)
+        x[:, 0] += basis.system.index_select(0, g.system)
+        h = h_all[:n_owned] + self.edge_convolution(x, basis)
+        return h + self.feed_forward(self.norm_2(h), basis.routing)
+
+
+class EscnMD(Backbone):
+    """The eSCN-MD backbone.
+
+    Args:
+        config: its shape.
+        dataset_rows: row of the data-set embedding that each of the potential's data sets reads; () = none.
+    """
+
+    row_of: Tensor
+
+    def __init__(self, config: EscnMDConfig, dataset_rows: Sequence[int] = ()):
+        super().__init__()
+        self.config = config
+        self.r_cut, self.max_number, self.max_neighbors = (
+            config.r_cut,
+            config.max_number,
+            config.max_neighbors,
+        )
+        if config.charge_spin_embedding == "rand_emb":
+            self.charge_range, self.spin_range = CHARGE_RANGE, SPIN_RANGE
+        c, width, n_elements = config.channels, config.edge_channels, config.max_number + 1
+        self.atom_embedding = nn.Embedding(n_elements, c)
+        self.system_embedding = SystemEmbedding(c, config.charge_spin_embedding, dataset_rows)
+        self.system_embedding.freeze(charge_spin=config.freeze_charge_spin, dataset=config.freeze_dataset)
+        self.source_embedding = nn.Embedding(n_elements, width)
+        self.target_embedding = nn.Embedding(n_elements, width)
+        for embedding in (self.source_embedding, self.target_embedding):
+            nn.init.uniform_(embedding.weight, -1e-3, 1e-3)
+        self.gaussians = GaussianBasis(config.r_cut, config.num_basis)
+        self.wigner = WignerD(config.lmax, config.mmax)
+        self.router = None
+        if config.experts is not None:
+            e = config.experts
+            self.router = Router(c, e.count, e.norm, config.max_number if e.composition else None, e.dropout)
+        layers = [EscnBlock(config, i) for i in range(config.num_layers)]
+        self.blocks = nn.ModuleList([EdgeDegreeBlock(config), *layers])
+        self.norm = DegreeNorm(config.norm, config.lmax, c)
+
+    def edge_basis(self, g: AtomGraph, n_owned: int, system_sum: SystemSum) -> EscnBasis:
+        """Return the rotations, edge scalars and system embeddings of a graph with positions."""
+        dtype = self.atom_embedding.weight.dtype
+        source, target = g.edge_index
+        with torch.autocast(g.cell.device.type, enabled=False):  # geometry is cheap and must stay exact
+            vector = edge_vectors(g).to(dtype)
+            distance = torch.linalg.vector_norm(vector, dim=1)
+            to_edge = self.wigner(edge_frames(vector / distance[:, None]))
+            from_edge = (to_edge * envelope(distance, self.r_cut)[:, None, None]).transpose(1, 2)
+            gaussians = self.gaussians(distance)
+        embeddings = [
+            self.source_embedding(g.numbers).index_select(0, source),
+            self.target_embedding(g.numbers[:n_owned]).index_select(0, target),
+        ]
+        system = self.system_embedding(g.charge, g.spin, g.dataset)
+        coefficients = self.coefficients(g, n_owned, system, system_sum)
+        pieces, recompute = self._pieces(target, n_owned)
+        lengths = [edges for _, edges in pieces]
+        tensors = (source, target, to_edge, from_edge, torch.cat([gaussians, *embeddings], dim=1))
+        edges = [
+            Edges(atoms, *fields, self._routing(coefficients, g.system, fields[1]))
+            for (atoms, _), *fields in zip(pieces, *(t.split(lengths) for t in tensors), strict=True)
+        ]
+        owned = torch.arange(n_owned, device=target.device)
+        return EscnBasis(edges, recompute, system, self._routing(coefficients, g.system, owned))
+
+    def embed(self, g: AtomGraph, basis: EscnBasis) -> Tensor:
+        """Return ``[n_all, S, C]``: element and system in the scalars, zero elsewhere."""
+        scalars = self.atom_embedding(g.numbers) + basis.system.index_select(0, g.system)
+        return F.pad(scalars[:, None], (0, 0, 0, n_rows(self.config.lmax) - 1))
+
+    def after_block(self, i: int, h: Tensor, g: AtomGraph, system_sum: SystemSum) -> Tensor:
+        """Shift the balanced channels so that they sum to the charge, and to spin - 1, of their system."""
+        if i == 0:
+            return h  # the edge-degree embedding is no layer
+        spin = g.spin
+        if self.config.charge_spin_embedding == "lin_emb":
+            spin = torch.where(spin == 0, UNKNOWN_SPIN, spin)  # as published
+        for channels, total in [
+            (self.config.charge_balanced_channels, g.charge),
+            (self.config.spin_balanced_channels, spin - 1),
+        ]:
+            if channels:
+                x = h[:, 0, list(channels)]  # [n_owned, k]
+                missing = (total[:, None] - system_sum(x)) / g.n_atoms[:, None]
+                shift = torch.zeros_like(h[:, 0])
+                shift[:, list(channels)] = missing[g.system[: len(h)]]
+                h = torch.cat([h[:, :1] + shift[:, None], h[:, 1:]], dim=1)
+        return h
+
+    def coefficients(
+        self, g: AtomGraph, n_owned: int, system: Tensor, system_sum: SystemSum
+    ) -> Tensor | None:
+        """Return the weight of each expert in each system, ``[B, K]``, from its embedding ``[B, C]``."""
+        if self.router is None:
+            return None
+        if self.router.composition is None:
+            return self.router(system, None)
+        total = system_sum(self.router.composition(g.numbers[:n_owned]))  # [B, C]
+        counted = g.n_atoms + 1 if self.config.experts.mean_counts_one_more else g.n_atoms.clamp(min=1)
+        return self.router(system, total / counted[:, None])
+
+    @staticmethod
+    def _routing(coefficients: Tensor | None, system: Tensor, rows: Tensor) -> Routing | None:
+        return None if coefficients is None else Routing.of(coefficients, system[rows])
+
+    def _pieces(self, target: Tensor, n_owned: int) -> tuple[list[tuple[slice, int]], bool]:
+        """Cut the edges between atoms; return the atoms and the number of edges of each piece.
+
+        The second result is whether a piece is to be computed again in the backward pass.
+        """
+        longest, recompute = len(target), False
+        if self.edge_chunk is not None and self.edge_chunk < longest:
+            longest, recompute = self.edge_chunk, True
+        elif target.device.type == "cpu":
+            row = n_rows(self.config.lmax) * self.config.channels
+            longest = max(CACHE_VALUES // row, longest // MOST_CACHE_PIECES)
+        if len(target) <= longest:
+            return [(slice(0, n_owned), len(target))], recompute
+        first = torch.searchsorted(target, torch.arange(n_owned + 1, device=target.device)).tolist()
+        pieces, atom = [], 0
+        while atom < n_owned:
+            following = max(bisect_right(first, first[atom] + longest) - 1, atom + 1)
+            pieces.append((slice(atom, following), first[following] - first[atom]))
+            atom = following
+        return pieces, recompute

@@ -1,0 +1,91 @@
+"""Nonlinearities of spherical-harmonic features."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gnnmd.nn.float64 import Float64Buffers
+from gnnmd.nn.so3 import SphereGrid, degrees, m_major_rows, n_rows
+
+
+class DegreeGate(Float64Buffers):
+    """SiLU of the scalars; every degree > 0 is multiplied by a sigmoid gate of its own per channel.
+
+    Args:
+        lmax: largest degree; rows are l-major.
+    """
+
+    gate_of_row: Tensor
+
+    def __init__(self, lmax: int):
+        super().__init__()
+        gate_of_row = torch.tensor(degrees(lmax)[1:], dtype=torch.int64) - 1
+        self.register_buffer("gate_of_row", gate_of_row, persistent=False)
+
+    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
+        """Apply to ``x [n, S, H]`` with gates ``[n, lmax * H]`` before the sigmoid, degree slow, channel fast."""
+        gates = torch.sigmoid(gates).unflatten(1, (gates.shape[1] // x.shape[2], x.shape[2]))
+        scalars, rest = x.tensor_split([1], dim=1)
+        return torch.cat([F.silu(scalars), rest * gates.index_select(1, self.gate_of_row)], dim=1)
+
+
+class EdgeGate(nn.Module):
+    """The same in the frame of an edge, where features are a list (see `nn.so2`).
+
+    Args:
+        lmax: largest degree.
+        channels: H.
+    """
+
+    def __init__(self, lmax: int, channels: int):
+        super().__init__()
+        self.lmax, self.channels = lmax, channels
+        self.extra = lmax * channels
+
+    def forward(self, y: list[Tensor]) -> list[Tensor]:
+        """Apply to features whose m = 0 begins with ``extra`` gates before the sigmoid, degree slow, channel fast."""
+        gates, scalars, rest = y[0].split([self.extra, self.channels, self.extra], dim=1)
+        gates = torch.sigmoid(gates)
+        x = [torch.cat([F.silu(scalars), rest * gates], dim=1)]
+        gates = gates.unflatten(1, (self.lmax, 1, self.channels)).transpose(1, 2)  # [E, 1, lmax, H]
+        for m, ym in enumerate(y[1:], start=1):
+            n = self.lmax - m + 1
+            x.append((ym.unflatten(1, (2, n, self.channels)) * gates[:, :, m - 1 :]).flatten(1))
+        return x
+
+
+class SphereSiLU(nn.Module):
+    """SiLU of the function on the sphere that the features describe; scalars come from numbers of their own.
+
+    On a grid this is equivariant only up to aliasing, and in the frame of an edge it depends on the roll.
+
+    Args:
+        lmax: largest degree.
+        mmax: largest order.
+        channels: H.
+        resolution: polar and azimuthal points, or None for the smallest grid.
+    """
+
+    def __init__(self, lmax: int, mmax: int, channels: int, resolution: int | None = None):
+        super().__init__()
+        self.extra = self.channels = channels
+        rows = m_major_rows(lmax, mmax)
+        n_alpha = 2 * mmax + 1 if mmax < lmax else 2 * mmax + 3
+        degree = torch.tensor(degrees(lmax))[rows].to(torch.float64)
+        # the missing orders of l > mmax are made up for by a larger amplitude of those that are there
+        scale = torch.where(degree > mmax, (2 * degree + 1) / (2 * mmax + 1), 1.0).sqrt()
+        self.grid = SphereGrid(lmax, rows, resolution or 2 * (lmax + 1), resolution or n_alpha, scale.numpy())
+
+    def forward(self, y: list[Tensor]) -> list[Tensor]:
+        """Apply to features whose m = 0 begins with ``extra`` numbers that become the row l = 0."""
+        scalars, features = torch.cat(y, dim=1).tensor_split([self.extra], dim=1)
+        values = self.grid.to_values(features.unflatten(1, (-1, self.channels)))
+        x = self.grid.to_coefficients(F.silu(values)).flatten(1)
+        x = torch.cat([F.silu(scalars), x[:, self.channels :]], dim=1)
+        return list(x.split([y[0].shape[1] - self.extra, *(ym.shape[1] for ym in y[1:])], dim=1))
+
+
+def node_grid(lmax: int, resolution: int | None = None) -> SphereGrid:
+    """Return the grid for features of atoms, all rows l-major; there and back is the identity."""
+    rows = list(range(n_rows(lmax)))
+    return SphereGrid(lmax, rows, resolution or 2 * (lmax + 1), resolution or 2 * (lmax + 1) + 1)
