@@ -1,0 +1,172 @@
+"""The commands ``gnnmd info``, ``gnnmd predict`` and ``gnnmd evaluate``."""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ase.io
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.data import chemical_symbols
+from ase.stress import full_3x3_to_voigt_6_stress
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+from gnnmd.data.readers import read_frames
+from gnnmd.data.silver import load_silver
+from gnnmd.graph import AtomBatch, LabelKeys
+from gnnmd.models.potential import Prediction
+from gnnmd.predict.checkpoint import CheckpointInfo, read_info
+from gnnmd.predict.metrics import SHOWN_UNITS, ErrorMeter, error_table
+from gnnmd.predict.parity_plot import Parity, save_parity_plot
+from gnnmd.predict.settings import InferenceSettings
+from gnnmd.predict.unit import PredictUnit
+from gnnmd.units import MEV
+
+_LONGEST_SHOWN = 8  # values of a list that `info` prints in full
+
+
+def info(argv: Sequence[str]) -> int:
+    """Print what a checkpoint says about itself."""
+    parser = argparse.ArgumentParser("gnnmd info", description=info.__doc__)
+    parser.add_argument("checkpoint", help='a .safetensors file, or the name of a shipped one ("silver")')
+    args = parser.parse_args(argv)
+    found = read_info(args.checkpoint)
+    console = _console()
+    console.print(_table(args.checkpoint, _summary(found)))
+    for title in ("config", "statistics", "extra"):
+        if content := getattr(found, title):
+            console.print(_table(title, dict(_flat(content))))
+    return 0
+
+
+def predict(argv: Sequence[str]) -> int:
+    """Write the energy, forces, stress and energies per atom of every frame of a file."""
+    parser = argparse.ArgumentParser("gnnmd predict", description=predict.__doc__)
+    _add_common(parser)
+    parser.add_argument("-o", "--output", required=True, type=Path, help="extxyz file to write")
+    args = parser.parse_args(argv)
+    if args.output.suffix not in (".extxyz", ".xyz"):
+        parser.error(f"--output is written as extxyz: end its name in .extxyz, not {args.output.suffix!r}")
+    unit = _unit(args)
+    frames = _frames(args)
+    _attach(frames, _predict(unit, frames))
+    ase.io.write(args.output, frames, format="extxyz")
+    _console().print(f"{len(frames)} frames -> {args.output}")
+    return 0
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Compare predictions with the labels of a file: a table of errors and a parity plot."""
+    parser = argparse.ArgumentParser("gnnmd evaluate", description=evaluate.__doc__)
+    _add_common(parser)
+    parser.add_argument("--plot", type=Path, default=Path("parity.png"), help="PNG to write (%(default)s)")
+    keys = LabelKeys()
+    for name in ("energy", "forces", "stress"):
+        parser.add_argument(
+            f"--{name}-key", default=getattr(keys, name), help=f"label of the {name} (%(default)s)"
+        )
+    args = parser.parse_args(argv)
+    unit = _unit(args)
+    frames = _frames(args, LabelKeys(args.energy_key, args.forces_key, args.stress_key))
+    prediction, labels = _predict(unit, frames), AtomBatch.from_ase(frames)
+    meter, parity = ErrorMeter(per_element=True), Parity()
+    meter.update(prediction, labels)
+    parity.update(prediction, labels)
+    console = _console()
+    console.print(f"{args.checkpoint} on {args.input}: {len(frames)} frames, {len(labels.numbers)} atoms")
+    console.print(error_table(meter.errors()))
+    args.plot.parent.mkdir(parents=True, exist_ok=True)
+    console.print(f"parity plot: {save_parity_plot(args.plot, parity.pairs(), str(args.input))}")
+    return 0
+
+
+def _console() -> Console:
+    return Console(markup=False, highlight=False)  # file names may hold brackets
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help='a .safetensors file, or the name of a shipped one ("silver")')
+    parser.add_argument(
+        "input", help='whatever ASE reads, a DeePMD system, or "silver" for the built-in test set'
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--dtype", default="float32", help="float32 or float64 (%(default)s)")
+    parser.add_argument("--tf32", action="store_true", help="TF32 matrix products on GPUs")
+    parser.add_argument("--max-edges", type=int, help="most edges and atoms per call (default: what fits)")
+    parser.add_argument("--dataset", default="", help="level of theory, for models that know several")
+
+
+def _unit(args: argparse.Namespace) -> PredictUnit:
+    settings = InferenceSettings(dtype=args.dtype, tf32=args.tf32, max_edges=args.max_edges)
+    return PredictUnit.from_checkpoint(args.checkpoint, device=args.device, settings=settings)
+
+
+def _frames(args: argparse.Namespace, keys: LabelKeys | None = None) -> list[Atoms]:
+    """Read the input; with ``keys``, every frame must have labels."""
+    if args.input == "silver" and not Path(args.input).exists():
+        return load_silver("test")
+    return read_frames(args.input, keys=keys, dataset=args.dataset, labelled=keys is not None)
+
+
+def _predict(unit: PredictUnit, frames: list[Atoms]) -> Prediction:
+    columns = [*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("frames", total=len(frames))
+        return unit.predict(frames, progress=lambda done: bar.advance(task, done))
+
+
+def _attach(frames: Sequence[Atoms], prediction: Prediction) -> None:
+    """Put a prediction in the place of the labels of each frame."""
+    sizes = [len(frame) for frame in frames]
+    forces, energies = prediction.forces.split(sizes), prediction.node_energies.split(sizes)
+    for b, frame in enumerate(frames):
+        results = {
+            "energy": prediction.energy[b].item(),
+            "forces": forces[b].numpy(),
+            "energies": energies[b].numpy(),
+        }
+        if prediction.stress is not None and prediction.stress[b].isfinite().all():
+            results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[b].numpy())
+        frame.calc = SinglePointCalculator(frame, **results)
+
+
+def _table(title: str, content: Mapping[str, Any]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for key, value in content.items():
+        table.add_row(key, _shown(key, value))
+    return table
+
+
+def _summary(found: CheckpointInfo) -> dict[str, str]:
+    elements = [chemical_symbols[z] for z in found.elements]
+    return {
+        "parameters": f"{found.n_parameters:,} ({found.dtype})",
+        "cutoff": f"{found.r_cut:g} A",
+        "elements": " ".join(elements) or "all",
+        "data sets": ", ".join(found.datasets) or "one",
+        "written by": f"gnnmd {found.gnnmd}, torch {found.torch}, format {found.format}",
+    }
+
+
+def _shown(key: str, value: Any) -> str:
+    """Return a value for a person: errors in meV, tables by element, long lists by their length."""
+    quantity, _, measure = key.rpartition(".")[2].partition("_")
+    if quantity in SHOWN_UNITS and measure.startswith(("mae", "rmse")) and value is not None:
+        return f"{value * MEV:.3f} {SHOWN_UNITS[quantity]}"
+    if isinstance(value, list) and len(value) == len(chemical_symbols):
+        return "  ".join(f"{symbol} {v:.6g}" for symbol, v in zip(chemical_symbols, value, strict=True) if v)
+    if isinstance(value, list) and len(value) > _LONGEST_SHOWN:
+        return f"{len(value)} values"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested dictionaries with dotted names."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

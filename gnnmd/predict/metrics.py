@@ -1,0 +1,88 @@
+"""Errors of predictions: mean absolute and root mean squared, of energy per atom, forces and stress."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from ase.data import chemical_symbols
+from torch import Tensor
+
+from gnnmd.graph import AtomBatch
+from gnnmd.models.potential import Prediction
+from gnnmd.units import MEV
+
+#: Quantity -> unit in which its errors are shown (a thousandth of eV/atom, eV/A, eV/A^3).
+SHOWN_UNITS = {"energy": "meV/atom", "forces": "meV/A", "stress": "meV/A^3"}
+
+
+class ErrorMeter:
+    """Accumulates errors over batches, on their device and without waiting for it, in float64.
+
+    Missing labels (NaN) do not count. Forces and stress are counted by component, so the force MAE is the
+    mean of |F_x|, |F_y|, |F_z| errors.
+
+    Attributes:
+        sums: sum |e|, sum e^2 and count, ``[3]`` per quantity and ``[119, 3]`` for "elements".
+    """
+
+    def __init__(self, *, per_element: bool = False) -> None:
+        self._per_element = per_element
+        self.sums: dict[str, Tensor] = {}
+
+    def update(self, prediction: Prediction, labels: AtomBatch) -> None:
+        """Add one batch; predictions and labels on one device."""
+        self._add("energy", (prediction.energy - labels.energy) / labels.n_atoms)
+        self._add("forces", prediction.forces - labels.forces)
+        if prediction.stress is not None:
+            self._add("stress", prediction.stress - labels.stress)
+        if self._per_element:
+            rows = _error_sums((prediction.forces - labels.forces).detach(), dim=1)  # [N, 3]
+            table = self.sums.setdefault("elements", rows.new_zeros(119, 3))
+            table.index_add_(0, labels.numbers, rows)
+
+    def errors(self) -> dict[str, float]:
+        """Return ``energy_mae``, ``energy_rmse``, ``forces_mae``, ... in eV/atom, eV/A, eV/A^3.
+
+        A quantity without any label is absent. With ``per_element``, also ``forces_mae_Ag`` and so on.
+        """
+        found: dict[str, float] = {}
+        for name in SHOWN_UNITS:
+            if name in self.sums:
+                _put(found, name, "", self.sums[name].tolist())
+        if "elements" in self.sums:
+            for number, row in enumerate(self.sums["elements"].tolist()):
+                _put(found, "forces", f"_{chemical_symbols[number]}", row)
+        return found
+
+    def _add(self, name: str, error: Tensor) -> None:
+        row = _error_sums(error.detach().double().reshape(1, -1), dim=1)[0]
+        self.sums[name] = self.sums[name] + row if name in self.sums else row
+
+
+def error_table(errors: Mapping[str, float]) -> str:
+    """Return errors as a small text table in meV units, one line per quantity (and element, if several)."""
+    lines = [f"{'':10}{'MAE':>10}{'RMSE':>10}"]
+    for name, unit in SHOWN_UNITS.items():
+        if f"{name}_mae" in errors:
+            mae, rmse = errors[f"{name}_mae"] * MEV, errors[f"{name}_rmse"] * MEV
+            lines.append(f"{name:10}{mae:10.3f}{rmse:10.3f}  {unit}")
+    prefix = "forces_mae_"
+    symbols = [key.removeprefix(prefix) for key in errors if key.startswith(prefix)]
+    for symbol in symbols if len(symbols) > 1 else []:
+        mae, rmse = errors[f"forces_mae_{symbol}"] * MEV, errors[f"forces_rmse_{symbol}"] * MEV
+        lines.append(f"{'forces ' + symbol:10}{mae:10.3f}{rmse:10.3f}  {SHOWN_UNITS['forces']}")
+    return "\n".join(lines)
+
+
+def _error_sums(error: Tensor, dim: int) -> Tensor:
+    """Return sum |e|, sum e^2 and the number of finite entries along ``dim``, stacked last."""
+    known = error.isfinite()
+    error = torch.where(known, error, error.new_zeros(()))
+    return torch.stack([error.abs().sum(dim), error.square().sum(dim), known.sum(dim).to(error.dtype)], -1)
+
+
+def _put(found: dict[str, float], name: str, suffix: str, sums: list[float]) -> None:
+    absolute, squared, count = sums
+    if count:
+        found[f"{name}_mae{suffix}"] = absolute / count
+        found[f"{name}_rmse{suffix}"] = math.sqrt(squared / count)

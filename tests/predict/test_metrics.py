@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+
+from gnnmd.graph import AtomBatch
+from gnnmd.models.potential import Prediction
+from gnnmd.predict.metrics import ErrorMeter, error_table
+from gnnmd.predict.parity_plot import Parity, save_parity_plot
+
+
+def frame(n, seed, **missing):
+    rng = np.random.default_rng(seed)
+    atoms = Atoms(["Ag", "Cu"] * n, positions=rng.normal(size=(2 * n, 3)), cell=np.eye(3), pbc=True)
+    atoms.info["energy"] = rng.normal()
+    atoms.arrays["forces"] = rng.normal(size=(2 * n, 3))
+    atoms.info["stress"] = rng.normal(size=(3, 3))
+    for key in missing:
+        (atoms.arrays if key == "forces" else atoms.info).pop(key)
+    return atoms
+
+
+def predicted(labels, seed):
+    g = torch.Generator().manual_seed(seed)
+    b, n = len(labels), len(labels.numbers)
+    energy, forces, stress = (
+        torch.randn(s, generator=g, dtype=torch.float64) for s in ((b,), (n, 3), (b, 3, 3))
+    )
+    return Prediction(energy, forces, stress, torch.zeros(n, dtype=torch.float64))
+
+
+def test_errors_over_batches_are_those_of_all_frames_at_once():
+    frames = [frame(1, 0), frame(3, 1), frame(2, 2)]
+    whole = AtomBatch.from_ase(frames)
+    p = predicted(whole, 0)
+    meter = ErrorMeter(per_element=True)
+    rows = torch.split(torch.arange(len(whole.numbers)), whole.n_atoms.tolist())
+    for b, atoms in enumerate(frames):
+        one = Prediction(
+            p.energy[b : b + 1], p.forces[rows[b]], p.stress[b : b + 1], p.node_energies[rows[b]]
+        )
+        meter.update(one, AtomBatch.from_ase(atoms))
+    errors = meter.errors()
+    energy = ((p.energy - whole.energy) / whole.n_atoms).numpy()
+    forces = (p.forces - whole.forces).numpy()
+    stress = (p.stress - whole.stress).numpy()
+    for name, error in (("energy", energy), ("forces", forces), ("stress", stress)):
+        assert errors[f"{name}_mae"] == pytest.approx(np.abs(error).mean(), rel=1e-12)
+        assert errors[f"{name}_rmse"] == pytest.approx(np.sqrt(np.square(error).mean()), rel=1e-12)
+    silver = forces[whole.numbers.numpy() == 47]
+    assert errors["forces_mae_Ag"] == pytest.approx(np.abs(silver).mean(), rel=1e-12)
+    assert {k for k in errors if k.startswith("forces_mae_")} == {"forces_mae_Ag", "forces_mae_Cu"}
+
+
+def test_missing_labels_do_not_count_and_a_quantity_without_labels_is_absent():
+    frames = [frame(1, 0, energy=None, stress=None), frame(2, 1, forces=None, stress=None)]
+    labels = AtomBatch.from_ase(frames)
+    p = predicted(labels, 3)
+    meter = ErrorMeter()
+    meter.update(p, labels)
+    errors = meter.errors()
+    assert set(errors) == {"energy_mae", "energy_rmse", "forces_mae", "forces_rmse"}
+    assert errors["energy_mae"] == pytest.approx(abs((p.energy[1] - labels.energy[1]).item()) / 4)
+    assert errors["forces_mae"] == pytest.approx((p.forces[:2] - labels.forces[:2]).abs().mean().item())
+
+
+def test_table_is_in_milli_units():
+    text = error_table(
+        {"energy_mae": 0.0012345, "energy_rmse": 0.002, "forces_mae": 0.05, "forces_rmse": 0.1}
+    )
+    assert text.splitlines()[1].split() == ["energy", "1.234", "2.000", "meV/atom"]
+    assert text.splitlines()[2].split() == ["forces", "50.000", "100.000", "meV/A"]
+    assert len(text.splitlines()) == 3
+
+
+def test_parity_pairs_leave_missing_labels_out(tmp_path):
+    labels = AtomBatch.from_ase(
+        [frame(1, 0, energy=None, stress=None), frame(2, 1, forces=None, stress=None)]
+    )
+    p = predicted(labels, 0)
+    parity = Parity()
+    parity.update(p, labels)
+    pairs = parity.pairs()
+    assert {name: v.shape for name, v in pairs.items()} == {"energy": (2, 1), "forces": (2, 6)}
+    np.testing.assert_allclose(pairs["energy"][:, 0], [labels.energy[1] / 4, p.energy[1] / 4])
+    path = save_parity_plot(tmp_path / "parity.png", pairs, "two frames")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_parity_plot_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no labels"):
+        save_parity_plot(tmp_path / "parity.png", {})
