@@ -1,0 +1,337 @@
+"""From presets, files and ``key=value`` arguments to a checked `TrainConfig`; the only file that knows Hydra.
+
+Presets are Hydra's YAML files under ``configs/``, their schema is the dataclasses that sit beside each
+subject. A key that is not in the schema and a value of the wrong type are refused in one line, with the
+nearest valid key.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gnnmd.training.settings import TrainConfig
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line that says what to change."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value that someone set.
+
+    Attributes:
+        key: dotted.
+        value: parsed, not checked yet.
+        where: beginning of messages about it: the file it comes from, "" for an argument.
+    """
+
+    key: str
+    value: Any
+    where: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}{self.key}={'null' if self.value is None else self.value}"
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the schema.
+
+    Attributes:
+        type: its annotation.
+        default: None where it is a section.
+        meaning: the text of the dataclass's docstring.
+    """
+
+    type: Any
+    default: Any
+    meaning: str
+
+
+def config_dir() -> Path:
+    """Return the folder with the presets: inside an installed package, or at the top of a checkout."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def groups() -> dict[str, list[str]]:
+    """Return the names of the presets by group (``model`` -> ["escn_md", ...])."""
+    folders = sorted(folder for folder in config_dir().iterdir() if folder.is_dir())
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
+@cache
+def schema_keys(cls: type = TrainConfig, prefix: str = "") -> dict[str, Key]:
+    """Return every key of a dataclass and its sections, dotted, in the order of the source."""
+    keys: dict[str, Key] = {}
+    hints = typing.get_type_hints(cls)
+    meanings = _attribute_docs(cls)
+    for field in dataclasses.fields(cls):
+        name, hint = prefix + field.name, hints[field.name]
+        if section := _section(hint):
+            keys[name] = Key(hint, None, meanings.get(field.name, ""))
+            keys |= schema_keys(section, f"{name}.")
+        else:
+            keys[name] = Key(hint, _default(field), meanings.get(field.name, ""))
+    return keys
+
+
+def describe() -> str:
+    """Return all presets, and all keys with their values in a run without arguments and their meanings."""
+    lines = ["Presets (group=preset):"]
+    lines += [f"  {group:12}{', '.join(names)}" for group, names in groups().items()]
+    return "\n".join([*lines, "", describe_keys(load_config())])
+
+
+def describe_keys(config: Any) -> str:
+    """Return all keys of a configuration with its values and their meanings."""
+    lines = ["Keys (key=value), with their values in a run without arguments:"]
+    cls: type = type(config)
+    for name, key in schema_keys(cls).items():
+        if _section(key.type):
+            lines.append("")
+            continue
+        parent, _, last = name.rpartition(".")
+        section = attrgetter(parent)(config) if parent else config
+        value = getattr(section, last, key.default)  # the default of a key in an optional section that is off
+        options = f" ({' | '.join(map(str, typing.get_args(key.type)))})" if _is_choice(key.type) else ""
+        lines.append(f"  {name}={'null' if value is None else value}{options}")
+        lines += textwrap.wrap(key.meaning, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
+def load_config(arguments: Sequence[str] = ()) -> TrainConfig:
+    """Return the configuration of a run.
+
+    Args:
+        arguments: ``group=preset`` (model=uma_s), ``key=value`` (trainer.max_epochs=10) and YAML files with
+            some or all keys, for example the config.yaml of an earlier run. Presets come first, then files,
+            then values. ``resume=<run folder>`` alone or with values starts from that run's config.yaml.
+
+    Raises:
+        ConfigError: an unknown key or preset, a wrong type, a value out of range, a missing file.
+    """
+    files = [Path(a) for a in arguments if "=" not in a and a.endswith((".yaml", ".yml"))]
+    choices: dict[str, Any] = {}
+    values: list[Value] = []
+    for argument in (a for a in arguments if Path(a) not in files):
+        key, value = _parse(argument)
+        if key in groups():
+            choices[key] = value
+        else:
+            values += _leaves({key: value})
+    resumed = [Path(str(v.value)) / "config.yaml" for v in values if v.key == "resume"]
+    if not choices:
+        files = [file for file in resumed if file.is_file()] + files
+    values = [value for file in files for value in _file_values(file)] + values
+    for value in values:
+        _check_key(value, TrainConfig)
+    config = _compose(choices)
+    for value in values:
+        _assign(config, value, TrainConfig)
+    return typing.cast(TrainConfig, _build(TrainConfig, OmegaConf.to_container(config, resolve=True)))
+
+
+def load_values(cls: type[T], arguments: Sequence[str]) -> T:
+    """Return a dataclass that has no presets, such as `MDConfig`, from ``key=value`` arguments.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    config = OmegaConf.structured(_schema(typing.cast(type, cls)))
+    for value in (v for argument in arguments for v in _leaves(dict([_parse(argument)]))):
+        _check_key(value, cls)
+        _assign(config, value, cls)
+    return typing.cast(T, _build(cls, OmegaConf.to_container(config)))
+
+
+def _parse(argument: str) -> tuple[str, Any]:
+    """Split ``key=value``, with the value in Hydra's grammar (numbers, lists, null, text)."""
+    key, equal, text = argument.partition("=")
+    if not equal:
+        raise ConfigError(f"{argument!r} is neither key=value nor a .yaml file")
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        if text[:1] in "[{'\"":
+            raise ConfigError(f"{argument!r}: {_first_line(error)}") from None
+        return key, text  # a path with characters that mean something to Hydra
+    if override.is_add() or override.is_delete() or override.is_force_add():
+        raise ConfigError(f"{argument!r}: keys cannot be added or deleted; write key=value")
+    if override.is_sweep_override():
+        raise ConfigError(f"{argument!r} names several values; run them one by one, or write a list as [a,b]")
+    return override.key_or_group, override.value()
+
+
+def _compose(choices: Mapping[str, Any]) -> DictConfig:
+    """Let Hydra put the presets together on top of the schema."""
+    for group, choice in choices.items():
+        if choice is not None and choice not in groups()[group]:
+            options = groups()[group]
+            nearest = _nearest(str(choice), options)
+            raise ConfigError(f"{group}={choice}: no such preset{nearest}; there are {', '.join(options)}")
+    ConfigStore.instance().store("schema", node=_schema(TrainConfig))
+    overrides = [f"{group}={'null' if choice is None else choice}" for group, choice in choices.items()]
+    try:
+        with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
+            return compose("train", overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"{config_dir()}: {_first_line(error)}") from None
+
+
+def _file_values(file: Path) -> list[Value]:
+    """Return what a YAML file sets."""
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    except Exception as error:  # whatever the YAML parser raises
+        raise ConfigError(f"{file}: not a YAML file ({_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected keys and values, found a {type(content).__name__}")
+    return list(_leaves(content, where=f"{file}: "))
+
+
+def _leaves(content: Mapping[Any, Any], prefix: str = "", where: str = "") -> Iterator[Value]:
+    """Yield the values of nested sections under their dotted keys."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.", where)
+        else:
+            yield Value(f"{prefix}{key}", value, where)
+
+
+def _check_key(given: Value, cls: type) -> None:
+    """Refuse a key that the schema does not have, and one number for a whole section."""
+    keys = schema_keys(cls)
+    if given.key not in keys:
+        presets = groups() if cls is TrainConfig else {}
+        raise ConfigError(f"{given.where}unknown key {given.key!r}{_nearest(given.key, [*keys, *presets])}")
+    if (section := _section(keys[given.key].type)) and given.value is not None:
+        names = ", ".join(field.name for field in dataclasses.fields(section))
+        raise ConfigError(f"{given}: {given.key} is a section with the keys {names}")
+
+
+def _assign(config: DictConfig, given: Value, cls: type) -> None:
+    """Set one value; OmegaConf checks its type."""
+    parent = given.key.rpartition(".")[0]
+    if parent and OmegaConf.select(config, parent) is None:  # an optional section that was off
+        section = _section(schema_keys(cls)[parent].type)
+        assert section is not None
+        OmegaConf.update(config, parent, OmegaConf.structured(_schema(section)), merge=False)
+    try:
+        OmegaConf.update(config, given.key, given.value)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{given}: {_first_line(error)}") from None
+
+
+@cache  # OmegaConf compares these classes by identity
+def _schema(cls: type) -> type:
+    """Return a dataclass for OmegaConf. It knows no Literal: choices are text here, checked in `_build`."""
+    fields: list[tuple[str, Any, Any]] = []
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if (section := _section(hint)) and _is_optional(hint):
+            fields.append((field.name, _schema(section) | None, None))
+        elif section:
+            inner = _schema(section)
+            fields.append((field.name, inner, dataclasses.field(default_factory=inner)))
+        else:
+            hint = str if _is_choice(hint) else hint
+            fields.append((field.name, hint, dataclasses.field(default_factory=partial(_default, field))))
+    return dataclasses.make_dataclass(cls.__name__, fields)
+
+
+def _build(cls: type, content: Any, path: str = "") -> Any:
+    """Make a dataclass of plain values; errors of its own checks get the key's name here."""
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        hint, key = hints[name], f"{path}{name}"
+        section = _section(hint)
+        if section and value is not None:
+            value = _build(section, value, f"{key}.")
+        elif _is_choice(hint) and value not in typing.get_args(hint):
+            options = [str(option) for option in typing.get_args(hint)]
+            raise ConfigError(
+                f"{key}={value}: not one of {', '.join(options)}{_nearest(str(value), options)}"
+            )
+        elif isinstance(value, list) and _is_tuple(hint):
+            value = tuple(value)
+        values[name] = value
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ConfigError(f"{path.rstrip('.') or 'configuration'}: {error}") from None
+
+
+def _section(hint: Any) -> type | None:
+    """Return the dataclass of an annotation like ``ExpertsConfig | None``, or None for a plain value."""
+    for option in typing.get_args(hint) or (hint,):
+        if dataclasses.is_dataclass(option):
+            return typing.cast(type, option)
+    return None
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _is_optional(hint: Any) -> bool:
+    return typing.get_origin(hint) in (Union, types.UnionType) and type(None) in typing.get_args(hint)
+
+
+def _is_choice(hint: Any) -> bool:
+    return typing.get_origin(hint) is Literal
+
+
+def _is_tuple(hint: Any) -> bool:
+    return any(typing.get_origin(option) is tuple for option in (hint, *typing.get_args(hint)))
+
+
+def _nearest(word: str, options: Sequence[str]) -> str:
+    """Return ", did you mean ...?" with the option closest as a whole, else in the last part of its key."""
+    found = difflib.get_close_matches(word, options, n=1, cutoff=0.75)
+    if not found:
+        last = {option.rpartition(".")[2]: option for option in reversed(options)}
+        found = [last[w] for w in difflib.get_close_matches(word.rpartition(".")[2], list(last), n=1)]
+    return f", did you mean {found[0]!r}?" if found else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _attribute_docs(cls: type) -> dict[str, str]:
+    """Return the texts of the Attributes section of a class's docstring."""
+    _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
+    docs: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        if start := re.match(r"    (\w+): (.*)", line):
+            name = start[1]
+            docs[name] = start[2]
+        elif name and line.startswith("        "):
+            docs[name] += f" {line.strip()}"
+    return docs

@@ -1,0 +1,1 @@
+"""The demo: train on the built-in silver set, run dynamics, compare with the labels' own potential."""

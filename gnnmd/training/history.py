@@ -1,0 +1,141 @@
+"""What a run tells while it lasts: a table on the screen, metrics.csv, and the configured logger."""
+
+import csv
+import io
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gnnmd.predict.checkpoint import write_atomically
+from gnnmd.predict.metrics import SHOWN_UNITS
+from gnnmd.training.module import PotentialModule
+from gnnmd.units import MEV
+
+#: Of metrics.csv; errors in eV/atom, eV/A, eV/A^3, as everywhere but on the screen.
+COLUMNS = (
+    *("epoch", "step", "seconds", "lr", "train_loss", "val_loss"),
+    *(f"{split}_{name}_{s}" for split in ("train", "val") for name in SHOWN_UNITS for s in ("mae", "rmse")),
+)
+
+
+class History(Callback):
+    """Writes one row per epoch; a resumed run continues the file from the row of its checkpoint.
+
+    A file of our own instead of Lightning's CSVLogger: that one deletes the rows of the run that is resumed.
+    """
+
+    def __init__(self, path: Path, console: Console) -> None:
+        self._path = path
+        self._console = console
+        self._rows: list[dict[str, str]] = []
+        self._epoch_start = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the rows up to the checkpoint; print the head of the table."""
+        if trainer.global_step and self._path.exists():
+            with self._path.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            # an epoch that was left in its middle gets its row again at its end
+            self._rows = [row for row in rows if int(row["epoch"]) <= trainer.current_epoch]
+        units = "".join(f"{f'{name} {unit}':>20}" for name, unit in SHOWN_UNITS.items())
+        self._console.print(f"{'':7}{'':10}mean absolute errors, training | validation (averaged weights)")
+        self._console.print(f"{'epoch':>7}{'lr':>10}{units}{'s/epoch':>9}")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._epoch_start = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the row of this epoch.
+
+        Raises:
+            FloatingPointError: the loss is no longer a number.
+        """
+        assert isinstance(pl_module, PotentialModule)
+        total, steps = pl_module.train_loss.tolist()
+        train_loss = total / max(1.0, steps)
+        if not math.isfinite(train_loss):
+            raise FloatingPointError(
+                f"the training diverged in epoch {trainer.current_epoch + 1} (loss {train_loss}). Lower "
+                f"optim.lr (now {pl_module.optim.lr:g}) or optim.clip_norm, or look for outliers in the data"
+            )
+        train, val = pl_module.train_errors.errors(), pl_module.val_errors
+        spent = time.monotonic() - self._epoch_start
+        before = float(self._rows[-1]["seconds"]) if self._rows else 0.0
+        values: dict[str, Any] = {
+            "epoch": trainer.current_epoch + 1,
+            "step": trainer.global_step,
+            "seconds": round(before + spent, 3),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train_loss": train_loss,
+            **{f"train_{name}": error for name, error in train.items()},
+        }
+        if val:
+            values |= {"val_loss": pl_module.val_loss}
+            values |= {f"val_{name}": error for name, error in val.items()}
+        self._rows.append({name: repr(values[name]) if name in values else "" for name in COLUMNS})
+        self._write()
+        for logger in trainer.loggers:
+            logger.log_metrics({k: float(v) for k, v in values.items()}, step=trainer.global_step)
+        self._print(values, spent)
+
+    def _write(self) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_atomically(self._path, text.getvalue().encode())
+
+    def _print(self, values: Mapping[str, Any], spent: float) -> None:
+        pairs = ""
+        for name in SHOWN_UNITS:
+            train, val = (values.get(f"{split}_{name}_mae") for split in ("train", "val"))
+            shown = " | ".join("-" if v is None else f"{MEV * v:.2f}" for v in (train, val))
+            pairs += f"{shown:>20}"
+        self._console.print(f"{values['epoch']:7d}{values['lr']:10.1e}{pairs}{spent:9.1f}")
+
+
+class LiveBar(Callback):
+    """A bar over the whole training with the errors of the running epoch; refreshed twice a second."""
+
+    def __init__(self, total_steps: int, console: Console) -> None:
+        self._total = total_steps
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"),
+            TimeRemainingColumn(), console=console, transient=True,
+        )  # fmt: skip
+        self._shown = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar."""
+        self._bar.start()
+        self._task = self._bar.add_task("training", total=self._total, completed=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Refresh the bar; reading errors waits for the device, so not after every step."""
+        assert isinstance(pl_module, PotentialModule)
+        if time.monotonic() - self._shown < 0.5:
+            return
+        errors = pl_module.train_errors.errors()
+        shown = [
+            f"{name} {errors[f'{name}_mae'] * MEV:.1f} {SHOWN_UNITS[name]}"
+            for name in ("energy", "forces")
+            if f"{name}_mae" in errors
+        ]
+        text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(shown)}"
+        self._bar.update(self._task, description=text, completed=trainer.global_step)
+        self._shown = time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the bar."""
+        self._bar.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the bar."""
+        self._bar.stop()

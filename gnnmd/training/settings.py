@@ -1,0 +1,112 @@
+"""What a training run is told: the dataclass behind `gnnmd train` and its sections."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gnnmd.data.datamodule import DataConfig
+from gnnmd.models.escn_md import EscnMDConfig
+from gnnmd.training.losses import LossConfig
+from gnnmd.training.optim import OptimConfig
+
+
+@dataclass
+class TrainerConfig:
+    """How long, where and in which arithmetic.
+
+    Attributes:
+        max_epochs: passes over the training data; learning rate and loss weights are planned for this length.
+        max_time: stop (and keep everything) after this time, "[days:]hours:minutes:seconds".
+        early_stop: stop after this many validations without a lower validation loss.
+        validate_every: epochs between validations.
+        precision: "float32"; "bf16-mixed" runs the matrix products of the backbone in bfloat16; "float64"
+            the whole model. Positions, energy sums and losses are float64 in all of them.
+        device: "auto" takes a GPU if there is one.
+        deterministic: refuse GPU kernels whose sums depend on timing (CPU runs repeat to the last digit
+            anyway).
+        progress: live bar in terminals, else one line per epoch ("auto"); only lines; or nothing.
+    """
+
+    max_epochs: int = 60
+    max_time: str | None = None
+    early_stop: int | None = None
+    validate_every: int = 1
+    precision: Literal["float32", "bf16-mixed", "float64"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False
+    progress: Literal["auto", "lines", "none"] = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("max_epochs", "validate_every", "early_stop"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.max_time is not None:
+            seconds(self.max_time)
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go besides the run folder's metrics.csv.
+
+    Attributes:
+        kind: nothing else, Weights & Biases, or TensorBoard files in the run folder.
+        project: W&B project.
+        entity: W&B user or team; None is the account's default.
+        offline: keep W&B's files in the run folder, to be sent later with ``wandb sync``.
+    """
+
+    kind: Literal["none", "wandb", "tensorboard"] = "none"
+    project: str = "gnnmd"
+    entity: str | None = None
+    offline: bool = False
+
+
+@dataclass
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        name: part of the run folder's name, and the name in W&B.
+        seed: of the weights and of the order of the data.
+        runs: folder that holds the run folders.
+        heads: "conservative" (forces and stress are derivatives of the energy) or "direct" (heads of their
+            own: cheaper, for pre-training).
+        init_from: checkpoint (.safetensors or a run folder) whose weights to start from. The architecture
+            is then the checkpoint's; heads it does not have start fresh, energy references are fitted to
+            the new data.
+        resume: run folder to continue exactly where it stopped, or "auto": the newest run of this name, if
+            any.
+    """
+
+    name: str = "silver"
+    seed: int = 0
+    runs: str = "runs"
+    heads: Literal["conservative", "direct"] = "conservative"
+    init_from: str | None = None
+    resume: str | None = None
+    model: EscnMDConfig = field(default_factory=EscnMDConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    def __post_init__(self) -> None:
+        """Check what concerns several sections."""
+        if self.data.train is None:
+            raise ValueError("data.train names no frames; add data.train=<file, pattern or list of files>")
+        if self.resume is not None and self.init_from is not None:
+            raise ValueError("resume continues a run and init_from starts one; give one of the two")
+
+
+def seconds(duration: str) -> int:
+    """Return the seconds of "[days:]hours:minutes:seconds"."""
+    parts = re.fullmatch(r"(?:(\d+):)?(\d+):(\d+):(\d+)", duration.strip())
+    if parts is None:
+        raise ValueError(
+            f"{duration!r} is not a time; write [days:]hours:minutes:seconds, for example 02:30:00"
+        )
+    days, hours, minutes, rest = (int(p or 0) for p in parts.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest

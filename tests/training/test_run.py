@@ -1,0 +1,251 @@
+"""Whole runs on tiny data."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+import yaml
+from ase.data import atomic_numbers
+from lightning.pytorch import Callback
+
+from gnnmd.data.datamodule import DataConfig
+from gnnmd.models.escn_md import ExpertsConfig
+from gnnmd.predict import load_checkpoint
+from gnnmd.training.callbacks import BEST, LAST, STATE
+from gnnmd.training.run import train
+from tests.training.conftest import columns
+
+CURVES = ("epoch", "step", "lr", "train", "val")
+
+
+class AtStep(Callback):
+    """Does something once, after a number of steps."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            self.action(trainer)
+
+
+def ask_to_stop(trainer):
+    trainer.should_stop = True
+
+
+def interrupt(trainer):
+    raise KeyboardInterrupt
+
+
+def press_ctrl_c(trainer):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def weights(path):
+    potential, _ = load_checkpoint(path)
+    return torch.cat([w.double().flatten() for w in potential.state_dict().values()])
+
+
+def test_a_run_leaves_everything_behind_that_it_promises(config, pictures):
+    result = train(config)
+    left = {path.name for path in result.folder.iterdir()}
+    assert left == {
+        *("config.yaml", "metrics.csv", "errors.json", "parity.png", "learning_curve.png"),
+        *(BEST, LAST, STATE),
+    }
+    assert result.folder.name.endswith("-test")
+    potential, info = load_checkpoint(result.checkpoint)
+    assert potential.elements == (29,)
+    assert info.statistics["n_frames"] == 10
+    assert info.extra["val_errors"] == result.errors
+    errors = json.loads((result.folder / "errors.json").read_text())
+    assert errors.pop("split") == "val"
+    assert errors == result.errors
+    assert yaml.safe_load((result.folder / "config.yaml").read_text())["model"]["channels"] == 8
+    assert len(columns(result.folder, "epoch")) == 3
+
+
+def test_two_frames_are_learnt_by_heart(config, frames):
+    config.data = DataConfig(train=frames["copper"] + "@:2", val=frames["copper"] + "@:2", max_frames=2)
+    config.trainer.max_epochs = 80
+    result = train(config)
+    loss = columns(result.folder, "train_loss")[:, 0].astype(float)
+    assert loss[-3:].mean() < 0.1 * loss[0]
+    # the exported average of the weights has learnt them too
+    assert result.errors["forces_mae"] < 0.1 * load_checkpoint(result.checkpoint)[1].statistics["force_rms"]
+
+
+@pytest.mark.parametrize("step", [10, 7], ids=["after an epoch", "inside an epoch"])
+def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_last_digit(config, step):
+    whole = train(config).folder
+    stopped = train(config, callbacks=[AtStep(step, ask_to_stop)]).folder
+    assert len(columns(stopped, "epoch")) == 2
+    resumed = train(replace(config, resume=str(stopped))).folder
+    assert resumed == stopped
+    np.testing.assert_array_equal(columns(resumed, *CURVES), columns(whole, *CURVES))
+    assert torch.equal(weights(resumed / LAST), weights(whole / LAST))
+    assert torch.equal(weights(resumed / BEST), weights(whole / BEST))
+
+
+def test_dropout_goes_on_with_the_same_random_numbers(config):
+    config.model = replace(config.model, experts=ExpertsConfig(count=2, dropout=0.5))
+    whole = train(config).folder
+    stopped = train(config, callbacks=[AtStep(5, ask_to_stop)]).folder
+    resumed = train(replace(config, resume="auto")).folder
+    assert resumed == stopped
+    assert torch.equal(weights(resumed / LAST), weights(whole / LAST))
+
+
+@pytest.mark.parametrize("action", [interrupt, press_ctrl_c])
+def test_ctrl_c_keeps_what_it_has_and_can_be_resumed(config, action, console):
+    whole = train(config).folder
+    handler = signal.getsignal(signal.SIGINT)
+    result = train(config, callbacks=[AtStep(7, action)], console=console)
+    assert result.interrupted
+    assert result.errors == {}
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert {BEST, LAST, STATE} <= {path.name for path in result.folder.iterdir()}
+    assert f"gnnmd train resume={result.folder}" in console.export_text()
+    assert weights(result.folder / LAST).isfinite().all()
+    resumed = train(replace(config, resume=str(result.folder))).folder
+    np.testing.assert_array_equal(columns(resumed, *CURVES), columns(whole, *CURVES))
+
+
+def test_saved_state_is_read_without_running_code(config, tmp_path):
+    folder = train(config, callbacks=[AtStep(5, ask_to_stop)]).folder
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    state = torch.load(folder / STATE, weights_only=True)  # plain values and tensors only
+    state["callbacks"]["evil"] = Evil()
+    torch.save(state, folder / STATE)
+    with pytest.raises(Exception, match="[Ww]eights"):
+        train(replace(config, resume=str(folder)))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_run_of_another_shape_is_not_resumed(config):
+    folder = train(replace(config, trainer=replace(config.trainer, max_epochs=1))).folder
+    other = replace(config, resume=str(folder), model=replace(config.model, channels=16))
+    with pytest.raises(ValueError, match=r"model\.channels=8.*init_from"):
+        train(other)
+
+
+def test_resume_names_what_is_missing(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match="last.ckpt"):
+        train(replace(config, resume=str(tmp_path)))
+    assert train(replace(config, resume="auto")).folder.exists()  # nothing to resume: a new run
+
+
+def test_time_limit_stops_and_keeps(config):
+    config.trainer.max_time, config.trainer.max_epochs = "00:00:01", 1000
+    result = train(config)
+    assert not result.interrupted
+    assert result.errors
+    assert 0 < len(columns(result.folder, "epoch")) < 500
+
+
+def test_early_stop_waits_as_long_as_it_was_told(config):
+    config.optim.lr = 1e-12  # nothing improves
+    config.trainer.max_epochs, config.trainer.early_stop = 20, 2
+    config.optim.ema_decay = 0.0
+    assert len(columns(train(config).folder, "epoch")) < 8
+
+
+def test_divergence_is_reported_and_not_exported(config):
+    config.optim.lr, config.optim.clip_norm, config.trainer.max_epochs = 1e8, 0.0, 20
+    with pytest.raises(FloatingPointError, match=r"diverged.*optim\.lr"):
+        train(config)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "float64"])
+def test_other_precisions_train(config, precision):
+    config.trainer.precision = precision
+    result = train(config)
+    potential, info = load_checkpoint(result.checkpoint)
+    assert info.dtype == ("float64" if precision == "float64" else "float32")
+    assert potential.element_energies.dtype == torch.float64
+    reference = train(replace(config, trainer=replace(config.trainer, precision="float32")))
+    loss, expected = (float(columns(r.folder, "train_loss")[0, 0]) for r in (result, reference))
+    assert loss == pytest.approx(expected, rel=0.1 if precision == "bf16-mixed" else 1e-3)
+    assert loss != expected
+
+
+def test_molecules_without_cell_and_stress_are_trained_on(config, frames):
+    config.data = DataConfig(train=frames["molecules"], val_split=2, max_frames=3)
+    result = train(config)
+    assert "stress_mae" not in result.errors
+    assert result.errors["forces_mae"] > 0
+    assert load_checkpoint(result.checkpoint)[0].elements == (1, 6, 8)
+
+
+def test_fine_tuning_knows_a_new_element_and_starts_from_the_old_weights(config, frames, console):
+    config.trainer.max_epochs = 20
+    first = train(config)
+    tuned = replace(config, init_from=str(first.folder), data=DataConfig(train=frames["alloy"], val_split=2))
+    tuned.trainer = replace(tuned.trainer, max_epochs=1)
+    tuned.optim = replace(tuned.optim, lr=1e-12)
+    result = train(tuned, console=console)
+    assert "elements it has not seen: Ag" in console.export_text()
+    old, new = load_checkpoint(first.checkpoint)[0], load_checkpoint(result.checkpoint)[0]
+    assert new.elements == (29, 47)
+    for name, w in new.backbone.state_dict().items():
+        torch.testing.assert_close(w, old.backbone.state_dict()[name], rtol=0, atol=1e-6)
+    assert new.energy_scale == old.energy_scale
+    assert old.element_energies[atomic_numbers["Ag"]] == 0
+    # without references of its own for silver, the energies would be off by what the fit has found
+    shift = (new.element_energies - old.element_energies)[[29, 47]].abs()
+    assert result.errors["energy_mae"] < 0.5 * shift.max()
+
+
+def test_references_follow_labels_that_are_shifted(config, frames, tmp_path):
+    first = train(config)
+    images = ase.io.read(frames["copper"], ":")
+    for atoms in images:
+        atoms.calc.results["energy"] += 1000.0 * len(atoms)
+    ase.io.write(tmp_path / "shifted.xyz", images)
+    tuned = replace(config, init_from=str(first.folder))
+    tuned.data = replace(config.data, train=str(tmp_path / "shifted.xyz"), val=str(tmp_path / "shifted.xyz"))
+    tuned.optim = replace(tuned.optim, lr=1e-12)
+    tuned.trainer = replace(tuned.trainer, max_epochs=1)
+    result = train(tuned)
+    assert result.errors["energy_mae"] < 1.0
+    shift = (
+        load_checkpoint(result.checkpoint)[0].element_energies
+        - load_checkpoint(first.checkpoint)[0].element_energies
+    )
+    assert shift[29].item() == pytest.approx(1000.0, abs=1.0)
+
+
+def test_direct_pretraining_then_conservative_fine_tuning(config, console):
+    config.model = replace(config.model, lmax=2)
+    direct = train(replace(config, heads="direct"))
+    pretrained = load_checkpoint(direct.checkpoint)[0]
+    assert set(pretrained.heads) == {"energy", "forces", "stress"}
+    tuned = replace(config, init_from=str(direct.checkpoint), optim=replace(config.optim, lr=1e-12))
+    tuned.trainer = replace(tuned.trainer, max_epochs=1)
+    result = train(tuned, console=console)
+    assert "left behind: heads.forces, heads.stress" in console.export_text()
+    conservative = load_checkpoint(result.checkpoint)[0]
+    assert set(conservative.heads) == {"energy"}
+    for name, w in conservative.backbone.state_dict().items():
+        torch.testing.assert_close(w, pretrained.backbone.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_validation_uses_the_average_and_the_average_is_exported(config):
+    config.optim.ema_decay = 0.9
+    result = train(config)
+    state = torch.load(result.folder / STATE, weights_only=True)["state_dict"]
+    exported = load_checkpoint(result.folder / LAST)[0].state_dict()
+    differ = 0
+    for name, w in exported.items():
+        assert torch.equal(w, state[f"average.{name}"])
+        differ += not torch.equal(w, state[f"potential.{name}"])
+    assert differ > 10
