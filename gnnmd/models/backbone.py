@@ -15,17 +15,18 @@ SystemSum = Callable[[Tensor], Tensor]
 class Backbone(nn.Module):
     """Message passing on owned + ghost atoms; subclasses are the models.
 
-    A model provides `edge_basis`, `embed`, the `blocks` and the final `norm`. Blocks take owned + ghost rows and
-    return owned rows; they never see a rank.
+    A model provides `edge_basis`, `embed`, the `blocks` and the final `norm`. Blocks take owned + ghost rows
+    and return owned rows; they never see a rank.
 
     Attributes:
         r_cut: cutoff, Angstrom.
         max_number: largest atomic number its tables hold.
         charge_range: smallest and largest total charge it can embed; None = any.
         spin_range: smallest and largest spin multiplicity it can embed; None = any.
-        max_neighbors: neighbours kept per atom, nearest first; None = all (a limit makes the energy discontinuous).
-        edge_chunk: edges that are processed at a time; None = all. A smaller number costs a recomputation in the
-            backward pass and bounds the memory. May be set at any time.
+        max_neighbors: neighbours kept per atom, nearest first; None = all (a limit makes the energy
+            discontinuous).
+        edge_chunk: edges that are processed at a time; None = all. A smaller number costs a recomputation in
+            the backward pass and bounds the memory. May be set at any time.
         blocks: modules with the signature ``block(h_all, basis, g, n_owned) -> h_owned``.
         norm: module applied to the last owned rows.
     """
@@ -40,11 +41,11 @@ class Backbone(nn.Module):
     norm: nn.Module
 
     def edge_basis(self, g: AtomGraph, n_owned: int, system_sum: SystemSum) -> Any:
-        """Return everything that all blocks read and no block changes (radial basis, rotations, embeddings)."""
+        """Return everything that all blocks read and no block changes (basis, rotations, embeddings)."""
         raise NotImplementedError
 
     def embed(self, g: AtomGraph, basis: Any) -> Tensor:
-        """Return the initial rows ``[n_all, ...]`` of owned and ghost atoms (species are known everywhere)."""
+        """Return the initial rows ``[n_all, ...]`` of owned and ghost atoms (all species are known)."""
         raise NotImplementedError
 
     def after_block(self, i: int, h: Tensor, g: AtomGraph, system_sum: SystemSum) -> Tensor:
@@ -52,7 +53,7 @@ class Backbone(nn.Module):
         return h
 
     def forward(self, g: AtomGraph, gp: GPContext) -> Tensor:
-        """Return the features of the owned atoms, ``[n_owned, K, C]``; row 0 of the second axis is invariant."""
+        """Return the features of the owned atoms, ``[n_owned, K, C]``; rows ``[:, 0]`` are invariant."""
 
         def system_sum(x: Tensor) -> Tensor:
             partial = x.new_zeros(g.n_systems, *x.shape[1:]).index_add(0, g.system[: gp.n_owned], x)

@@ -19,7 +19,8 @@ class PotentialConfig:
 
     Attributes:
         model: the backbone.
-        heads: "conservative" (forces and stress are derivatives of the energy) or "direct" (heads of their own).
+        heads: "conservative" (forces and stress are derivatives of the energy) or "direct" (heads of their
+            own).
         energy_head: "mlp" or "linear".
         stress_head: whether the stress has a head of its own; None = if heads are direct and lmax >= 2.
         stress_reduce: "mean" or "sum" of what the stress head says of the atoms.

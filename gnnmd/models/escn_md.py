@@ -1,7 +1,8 @@
 """eSCN-MD, the network of the eSEN and UMA potentials (arXiv 2502.12147, 2506.23971).
 
-Features of an atom are spherical-harmonic coefficients ``[S, C]``. A message rotates the rows of both atoms into the
-frame of their edge, where equivariant maps are small dense matrices per order m, and rotates the result back.
+Features of an atom are spherical-harmonic coefficients ``[S, C]``. A message rotates the rows of both atoms
+into the frame of their edge, where equivariant maps are small dense matrices per order m, and rotates the
+result back.
 """
 
 from bisect import bisect_right
@@ -29,16 +30,17 @@ from gnnmd.nn.mlp import RadialMLP
 from gnnmd.nn.norms import NORMS, DegreeNorm
 from gnnmd.nn.radial import GaussianBasis, envelope
 from gnnmd.nn.recompute import recomputed
-from gnnmd.nn.scatter import rotated_rows
 from gnnmd.nn.so2 import SO2Linear, rows_per_order
 from gnnmd.nn.so3 import SO3Linear, n_rows
 from gnnmd.nn.wigner import WignerD, edge_frames
 
-#: Divides the sum of the edge-degree embedding, so that it stays of order one for usual numbers of neighbours.
+#: Divides the sum of the edge-degree embedding, so that it stays of order one for usual numbers of
+#: neighbours.
 EDGE_DEGREE_SCALE = 5.0
 
-#: On a CPU messages are computed for so many numbers [edges, S, C] at a time that they stay in its caches: 12 to 18 %
-#: less time at 100 to 250 atoms. The number of pieces is limited, because each has a gradient of all atoms.
+#: On a CPU messages are computed for so many numbers [edges, S, C] at a time that they stay in its caches:
+#: 12 to 18 % less time at 100 to 250 atoms. The number of pieces is limited, because each has a gradient of
+#: all atoms.
 CACHE_VALUES = 2**20
 MOST_CACHE_PIECES = 8
 
@@ -57,13 +59,14 @@ class ExpertsConfig:
 
     Attributes:
         count: number of experts.
-        norm: "softmax", or "pnorm", whose coefficients depend on the number of systems in the batch (as published).
+        norm: "softmax", or "pnorm", whose coefficients depend on the number of systems in the batch (as
+            published).
         composition: route by the mean embedding of the elements too, not only by charge, spin and data set.
         layers: indices of the layers that have experts; None = all.
         where: a key of `EXPERT_PLACES`.
         dropout: of the routing network's output, in training.
-        mean_counts_one_more: divide the composition's sum over n atoms by n + 1, a quirk of UMA-S-1.2 that breaks
-            extensivity.
+        mean_counts_one_more: divide the composition's sum over n atoms by n + 1, a quirk of UMA-S-1.2 that
+            breaks extensivity.
     """
 
     count: int = 8
@@ -106,10 +109,12 @@ class EscnMDConfig:
         dataset_embedding: whether a model that knows several data sets embeds them.
         freeze_charge_spin: keep the charge and spin embeddings as they are in training.
         freeze_dataset: keep the data-set embedding as it is in training.
-        charge_balanced_channels: scalar channels that are shifted after every layer so that they sum to the charge.
+        charge_balanced_channels: scalar channels that are shifted after every layer so that they sum to the
+            charge.
         spin_balanced_channels: the same for spin - 1; done after the charge.
         max_number: element tables hold atomic numbers up to this one.
-        max_neighbors: neighbours kept per atom, nearest first; None = all. A limit makes the energy discontinuous.
+        max_neighbors: neighbours kept per atom, nearest first; None = all. A limit makes the energy
+            discontinuous.
         experts: mixture of linear experts, or None.
     """
 
@@ -270,20 +275,16 @@ class EdgeDegree(EdgeSum):
         super().__init__()
         self.n_m0, self.channels = config.lmax + 1, config.channels
         width = config.num_basis + 2 * config.edge_channels
-        self.radial = RadialMLP(width, config.edge_channels, [self.n_m0 * config.channels])
+        self.radial = RadialMLP(width, config.edge_channels, self.n_m0 * config.channels)
 
     def messages(self, h: Tensor, edges: Edges) -> Tensor:
         """Return ``[E, S, C]``; in the frame of the edge only m = 0 is not zero."""
-        m0 = self.radial(edges.scalars, None)[0].unflatten(1, (self.n_m0, self.channels))
+        m0 = self.radial(edges.scalars, None).unflatten(1, (self.n_m0, self.channels))
         return torch.bmm(edges.from_edge[:, :, : self.n_m0], m0) / EDGE_DEGREE_SCALE
 
 
 class EdgeConvolution(EdgeSum):
-    """Messages of one layer: rotate both atoms, convolve, activate, convolve, rotate back.
-
-    What comes from the source and from the target is kept apart up to the first activation, where it is added: the
-    same as convolving their concatenation, without the copies.
-    """
+    """Messages of one layer: rotate both atoms, convolve, activate, convolve, rotate back."""
 
     def __init__(self, config: EscnMDConfig, experts: tuple[int, int, int, int]):
         super().__init__()
@@ -292,31 +293,32 @@ class EdgeConvolution(EdgeSum):
         self.activation: EdgeGate | SphereSiLU = EdgeGate(lmax, hidden)
         if config.activation == "s2":
             self.activation = SphereSiLU(lmax, mmax, hidden, config.grid_resolution)
-        extra, places = self.activation.extra, {"experts_m0": m0, "experts_m": m}
         self.rows = rows_per_order(lmax, mmax)
         self.factors = [self.rows[0], *(n // 2 for n in self.rows[1:])]  # the same for +m and -m
         scalars, width = config.num_basis + 2 * config.edge_channels, config.edge_channels
-        self.radial = RadialMLP(scalars, width, [sum(self.factors) * c] * 2, experts=radial)
-        self.from_source = SO2Linear(lmax, mmax, c, hidden, extra=extra, **places)
-        self.from_target = SO2Linear(lmax, mmax, c, hidden, extra=extra, bias=False, **places)
-        self.mix = SO2Linear(lmax, mmax, hidden, c, **places)
+        self.radial = RadialMLP(scalars, width, sum(self.factors) * 2 * c, experts=radial)
+        extra, places = self.activation.extra, {"experts_m0": m0, "experts_m": m}
+        self.conv_1 = SO2Linear(lmax, mmax, 2 * c, hidden, extra=extra, **places)
+        self.conv_2 = SO2Linear(lmax, mmax, hidden, c, **places)
 
     def messages(self, h: Tensor, edges: Edges) -> Tensor:
         """Return ``[E, S, C]``."""
-        source, target = self.radial(edges.scalars, edges.routing)
-        y = self.from_source(self._rotated(h, edges.source, edges, source), edges.routing)
-        y = self.from_target(self._rotated(h, edges.target, edges, target), edges.routing, onto=y)
-        x = torch.cat(self.mix(self.activation(y), edges.routing), dim=1)
+        pair = torch.stack([edges.source, edges.target], dim=1).flatten()
+        x = h.index_select(0, pair).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)  # [E, S, 2C]
+        x = torch.bmm(edges.to_edge, x)  # [E, R, 2C]
+        x = self._scaled(x, self.radial(edges.scalars, edges.routing))
+        x = self.activation(self.conv_1(x, edges.routing))
+        x = torch.cat(self.conv_2(x, edges.routing), dim=1)
         return torch.bmm(edges.from_edge, x.unflatten(1, (sum(self.rows), h.shape[2])))
 
-    def _rotated(self, h: Tensor, atoms: Tensor, edges: Edges, radial: Tensor) -> list[Tensor]:
-        """Return the features of one atom of each edge in the frame of the edge, times radial factors."""
-        x = rotated_rows(edges.to_edge, h, atoms).split(self.rows, dim=1)
-        factors = radial.unflatten(1, (sum(self.factors), h.shape[2])).split(self.factors, dim=1)
-        y = [x[0] * factors[0]]
-        for xm, f, n in zip(x[1:], factors[1:], self.factors[1:], strict=True):
-            y.append(xm.unflatten(1, (2, n)) * f[:, None])
-        return [ym.flatten(1) for ym in y]
+    def _scaled(self, x: Tensor, radial: Tensor) -> list[Tensor]:
+        """Multiply the rows of each order (see `nn.so2`) by radial factors."""
+        factors = radial.unflatten(1, (sum(self.factors), x.shape[2])).split(self.factors, dim=1)
+        m0, *orders = x.split(self.rows, dim=1)
+        y = [(m0 * factors[0]).flatten(1)]
+        for xm, f, n in zip(orders, factors[1:], self.factors[1:], strict=True):
+            y.append((xm.unflatten(1, (2, n)) * f[:, None]).flatten(1))
+        return y
 
 
 class SpectralFeedForward(nn.Module):
@@ -361,8 +363,8 @@ class GridFeedForward(nn.Module):
 class EdgeDegreeBlock(nn.Module):
     """Adds the edge-degree embedding.
 
-    It is the first block of the loop, not part of the embedding of atoms: it needs the edges of a row, which a rank
-    has for the atoms it owns only.
+    It is the first block of the loop, not part of the embedding of atoms: it needs the edges of a row, which
+    a rank has for the atoms it owns only.
     """
 
     def __init__(self, config: EscnMDConfig):
@@ -375,7 +377,7 @@ class EdgeDegreeBlock(nn.Module):
 
 
 class EscnBlock(nn.Module):
-    """One layer: messages, then a network per atom, each on normalised features and added to what was there."""
+    """One layer: messages, then a network per atom, each on normalised features and added on."""
 
     def __init__(self, config: EscnMDConfig, layer: int):
         super().__init__()
@@ -402,16 +404,11 @@ class EscnMD(Backbone):
         dataset_rows: row of the data-set embedding that each of the potential's data sets reads; () = none.
     """
 
-    row_of: Tensor
-
     def __init__(self, config: EscnMDConfig, dataset_rows: Sequence[int] = ()):
         super().__init__()
         self.config = config
-        self.r_cut, self.max_number, self.max_neighbors = (
-            config.r_cut,
-            config.max_number,
-            config.max_neighbors,
-        )
+        self.r_cut, self.max_neighbors = config.r_cut, config.max_neighbors
+        self.max_number = config.max_number
         if config.charge_spin_embedding == "rand_emb":
             self.charge_range, self.spin_range = CHARGE_RANGE, SPIN_RANGE
         c, width, n_elements = config.channels, config.edge_channels, config.max_number + 1
@@ -452,7 +449,7 @@ class EscnMD(Backbone):
         lengths = [edges for _, edges in pieces]
         tensors = (source, target, to_edge, from_edge, torch.cat([gaussians, *embeddings], dim=1))
         edges = [
-            Edges(atoms, *fields, self._routing(coefficients, g.system, fields[1]))
+            Edges(atoms, *fields, self._routing(coefficients, g.system, fields[1]))  # type: ignore[call-arg]
             for (atoms, _), *fields in zip(pieces, *(t.split(lengths) for t in tensors), strict=True)
         ]
         owned = torch.arange(n_owned, device=target.device)
@@ -476,7 +473,7 @@ class EscnMD(Backbone):
         ]:
             if channels:
                 x = h[:, 0, list(channels)]  # [n_owned, k]
-                missing = (total[:, None] - system_sum(x)) / g.n_atoms[:, None]
+                missing = (total[:, None] - system_sum(x)) / g.n_atoms.clamp(min=1)[:, None]
                 shift = torch.zeros_like(h[:, 0])
                 shift[:, list(channels)] = missing[g.system[: len(h)]]
                 h = torch.cat([h[:, :1] + shift[:, None], h[:, 1:]], dim=1)
@@ -486,7 +483,7 @@ class EscnMD(Backbone):
         self, g: AtomGraph, n_owned: int, system: Tensor, system_sum: SystemSum
     ) -> Tensor | None:
         """Return the weight of each expert in each system, ``[B, K]``, from its embedding ``[B, C]``."""
-        if self.router is None:
+        if self.router is None or self.config.experts is None:
             return None
         if self.router.composition is None:
             return self.router(system, None)
@@ -506,7 +503,7 @@ class EscnMD(Backbone):
         longest, recompute = len(target), False
         if self.edge_chunk is not None and self.edge_chunk < longest:
             longest, recompute = self.edge_chunk, True
-        elif target.device.type == "cpu":
+        elif target.device.type == "cpu" and not torch.compiler.is_compiling():
             row = n_rows(self.config.lmax) * self.config.channels
             longest = max(CACHE_VALUES // row, longest // MOST_CACHE_PIECES)
         if len(target) <= longest:

@@ -1,7 +1,8 @@
 """From features of atoms to energies, and to forces and stress where these are not derivatives.
 
-Features are ``[n_owned, K, C]``; rows 0, 1..3 and 4..8 of the second axis hold degrees 0, 1 and 2. A head is called with
-the features and the graph and knows no ranks: what it sums over a system is the share of this rank.
+Features are ``[n_owned, K, C]``; rows 0, 1..3 and 4..8 of the second axis hold degrees 0, 1 and 2. A head is
+called with the features and the graph and knows no ranks: what it sums over a system is the share of this
+rank.
 """
 
 from collections.abc import Sequence

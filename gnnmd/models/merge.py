@@ -6,6 +6,7 @@ import torch
 
 from gnnmd.graph import AtomBatch, NeighborList
 from gnnmd.models.build import PotentialConfig, build_potential
+from gnnmd.models.escn_md import EscnMD
 from gnnmd.models.potential import MergedFor, Potential
 from gnnmd.nn.experts import ExpertLinear
 
@@ -13,8 +14,8 @@ from gnnmd.nn.experts import ExpertLinear
 def merged(potential: Potential, batch: AtomBatch) -> Potential:
     """Return a potential without experts that is the same function for systems like the one given.
 
-    Experts are mixed by composition, charge, spin and data set only, so in a simulation, where these stay, their
-    weights can be mixed once. The result refuses systems for which the mixture would be another one.
+    Experts are mixed by composition, charge, spin and data set only, so in a simulation, where these stay,
+    their weights can be mixed once. The result refuses systems for which the mixture would be another one.
 
     Args:
         potential: with a mixture of linear experts, built by `build_potential`.
@@ -43,8 +44,11 @@ def merged(potential: Potential, batch: AtomBatch) -> Potential:
     )
     with torch.no_grad():
         backbone = potential.backbone
+        assert isinstance(backbone, EscnMD)
         system = backbone.system_embedding(g.charge, g.spin, g.dataset)
-        mix = backbone.coefficients(g, len(g.numbers), system, lambda x: x.sum(0, keepdim=True))[0]  # [K]
+        coefficients = backbone.coefficients(g, len(g.numbers), system, lambda x: x.sum(0, keepdim=True))
+        assert coefficients is not None
+        mix = coefficients[0]  # [K]
         state = potential.state_dict()
         for name, module in backbone.named_modules(prefix="backbone"):
             if isinstance(module, ExpertLinear) and module.weight.ndim == 3:

@@ -1,7 +1,7 @@
 """From atoms to energy, forces and stress, once for all models."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
@@ -70,8 +70,8 @@ class Prediction:
     Attributes:
         energy: ``[B]`` float64, eV.
         forces: ``[n_owned, 3]`` float64, eV/A.
-        stress: ``[B, 3, 3]`` float64, eV/A^3, dE/dstrain / V (positive = tension); NaN for systems whose cell has
-            no volume; None when it was not asked for or the model has none.
+        stress: ``[B, 3, 3]`` float64, eV/A^3, dE/dstrain / V (positive = tension); NaN for systems whose
+            cell has no volume; None when it was not asked for or the model has none.
         node_energies: ``[n_owned]`` float64, eV, summing to the energy.
         descriptors: ``[n_owned, C]`` invariant node features, or None when they were not asked for.
     """
@@ -84,20 +84,26 @@ class Prediction:
 
     def detach(self) -> "Prediction":
         """Return the same numbers without their graph."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Prediction(**{name: t if t is None else t.detach() for name, t in tensors.items()})
+        return Prediction(
+            energy=self.energy.detach(),
+            forces=self.forces.detach(),
+            stress=None if self.stress is None else self.stress.detach(),
+            node_energies=self.node_energies.detach(),
+            descriptors=None if self.descriptors is None else self.descriptors.detach(),
+        )
 
 
 class Potential(Float64Buffers):
     """A backbone with heads.
 
-    The head "energy" is always there. Forces are derivatives of the energy unless there is a head "forces"; so is the
-    stress, unless there is a head "stress" (and none of it if only the forces have a head).
+    The head "energy" is always there. Forces are derivatives of the energy unless there is a head "forces";
+    so is the stress, unless there is a head "stress" (and none of it if only the forces have a head).
 
     Args:
         backbone: the message-passing model.
         heads: by what they predict: "energy", "forces", "stress".
-        datasets: names of the data sets (levels of theory) the model tells apart; () = it knows no such names.
+        datasets: names of the data sets (levels of theory) the model tells apart; () = it knows no such
+            names.
         elements: atomic numbers it was trained on; () = all its tables hold.
 
     Attributes:
@@ -154,7 +160,8 @@ class Potential(Float64Buffers):
             neighbors = neighbor_list(batch, self.r_cut, backend=backend, max_neighbors=limit)
         elif neighbors.r_cut != self.r_cut:
             raise ValueError(
-                f"the neighbour list was built with r_cut={neighbors.r_cut} A but the model needs {self.r_cut} A; "
+                f"the neighbour list was built with r_cut={neighbors.r_cut} A but the model needs "
+                f"{self.r_cut} A; "
                 "build it with potential.r_cut"
             )
         return AtomGraph(
@@ -174,7 +181,8 @@ class Potential(Float64Buffers):
     ) -> Prediction:
         """Return energy, forces and stress.
 
-        In training mode everything can be differentiated by the parameters; else nothing is attached to a graph.
+        In training mode everything can be differentiated by the parameters; else nothing is attached to a
+        graph.
 
         Args:
             pos: ``[n_owned, 3]`` float64 positions of the owned atoms, Angstrom.
@@ -205,7 +213,7 @@ class Potential(Float64Buffers):
                     0, system, node_energies
                 )  # of this rank
                 if by_positions:
-                    leaves = [pos, strain] if by_strain else [pos]
+                    leaves = [pos] if strain is None else [pos, strain]
                     gradients = torch.autograd.grad(
                         energy.sum(), leaves, create_graph=self.training, materialize_grads=True
                     )
@@ -236,22 +244,17 @@ class Potential(Float64Buffers):
         if unseen:
             known = ", ".join(chemical_symbols[z] for z in self.elements)
             raise ValueError(
-                f"the model was not trained on {', '.join(chemical_symbols[z] for z in unseen)}; it knows {known}. "
+                f"the model was not trained on {', '.join(chemical_symbols[z] for z in unseen)}; it "
+                f"knows {known}. "
                 "Train it on these elements (gnnmd train, fine-tuning) or remove them"
             )
         for name, values, limits in [
             ("charge", batch.charge, self.backbone.charge_range),
             ("spin", batch.spin, self.backbone.spin_range),
         ]:
-            if (
-                limits
-                and len(values)
-                and not limits[0] <= int(values.min()) <= int(values.max()) <= limits[1]
-            ):
-                raise ValueError(
-                    f"{name} {values.tolist()} of the systems must lie in {limits[0]}..{limits[1]}, the range of the "
-                    "model's embedding"
-                )
+            wrong = [] if limits is None else [v for v in values.tolist() if not limits[0] <= v <= limits[1]]
+            if wrong:
+                raise ValueError(f"{name} {wrong} is outside {limits}, the range of the model's embedding")
         if self.merged_for is None:
             return
         for b, name in enumerate(batch.dataset):

@@ -23,7 +23,7 @@ class DegreeGate(Float64Buffers):
         self.register_buffer("gate_of_row", gate_of_row, persistent=False)
 
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
-        """Apply to ``x [n, S, H]`` with gates ``[n, lmax * H]`` before the sigmoid, degree slow, channel fast."""
+        """Apply to ``x [n, S, H]`` with gates ``[n, lmax * H]`` before the sigmoid, degree slow."""
         gates = torch.sigmoid(gates).unflatten(1, (gates.shape[1] // x.shape[2], x.shape[2]))
         scalars, rest = x.tensor_split([1], dim=1)
         return torch.cat([F.silu(scalars), rest * gates.index_select(1, self.gate_of_row)], dim=1)
@@ -43,7 +43,7 @@ class EdgeGate(nn.Module):
         self.extra = lmax * channels
 
     def forward(self, y: list[Tensor]) -> list[Tensor]:
-        """Apply to features whose m = 0 begins with ``extra`` gates before the sigmoid, degree slow, channel fast."""
+        """Apply to features whose m = 0 begins with ``extra`` gates before the sigmoid, degree slow."""
         gates, scalars, rest = y[0].split([self.extra, self.channels, self.extra], dim=1)
         gates = torch.sigmoid(gates)
         x = [torch.cat([F.silu(scalars), rest * gates], dim=1)]

@@ -91,7 +91,7 @@ class SystemEmbedding(nn.Module):
                 module.requires_grad_(not frozen)
 
     def forward(self, charge: Tensor, spin: Tensor, dataset: Tensor) -> Tensor:
-        """Return ``[B, C]`` of integer charges, spin multiplicities (0 = not given) and data-set indices, each ``[B]``."""
+        """Return ``[B, C]`` of charges, spin multiplicities (0 = not given) and data-set indices ``[B]``."""
         parts = [self.charge(charge), self.spin(spin)]
         if self.dataset is not None:
             parts.append(self.dataset(self.dataset_row[dataset]))

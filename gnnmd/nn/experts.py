@@ -36,7 +36,7 @@ class Routing:
 
 
 def rows_per_system(system: Tensor, n_systems: int) -> list[int] | None:
-    """Return how many rows each system has; None if there is one system, which needs no look at the device."""
+    """Return how many rows each system has; None for one system, which needs no host sync."""
     return None if n_systems == 1 else torch.bincount(system, minlength=n_systems).tolist()
 
 
@@ -103,7 +103,8 @@ class Router(nn.Module):
         channels: C.
         experts: K.
         norm: one of `EXPERT_NORMS`.
-        composition_numbers: largest atomic number of the composition embedding; None = not routed by composition.
+        composition_numbers: largest atomic number of the composition embedding; None = not routed by
+            composition.
         dropout: of the network's output, in training.
     """
 
@@ -124,7 +125,7 @@ class Router(nn.Module):
         )
 
     def forward(self, system: Tensor, composition: Tensor | None) -> Tensor:
-        """Return ``[B, K]`` of the system embedding ``[B, C]`` and the mean composition embedding ``[B, C]``."""
+        """Return ``[B, K]`` of system embedding and mean composition embedding, each ``[B, C]``."""
         x = self.network(system if composition is None else torch.cat([composition, system], dim=1))
         if self.norm == "softmax":
             return x.softmax(dim=1) + SOFTMAX_FLOOR

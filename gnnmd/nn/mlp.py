@@ -1,7 +1,5 @@
 """Small dense networks."""
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -9,25 +7,25 @@ from gnnmd.nn.experts import ExpertLinear, Routing
 
 
 class RadialMLP(nn.Module):
-    """Linear, LayerNorm, SiLU, twice, and a last Linear for each output, on the scalars of an edge.
+    """Linear, LayerNorm, SiLU, twice, and a last Linear, on the scalars of an edge.
 
     Args:
         c_in: columns of the input.
         hidden: width of the two hidden layers.
-        c_out: columns of each output.
+        c_out: columns of the output.
         experts: number of experts of each linear map, 0 for plain ones.
     """
 
-    def __init__(self, c_in: int, hidden: int, c_out: Sequence[int], *, experts: int = 0):
+    def __init__(self, c_in: int, hidden: int, c_out: int, *, experts: int = 0):
         super().__init__()
         self.linear_1 = ExpertLinear(c_in, hidden, experts=experts)
         self.norm_1 = nn.LayerNorm(hidden)
         self.linear_2 = ExpertLinear(hidden, hidden, experts=experts)
         self.norm_2 = nn.LayerNorm(hidden)
-        self.outputs = nn.ModuleList(ExpertLinear(hidden, c, experts=experts) for c in c_out)
+        self.linear_3 = ExpertLinear(hidden, c_out, experts=experts)
 
-    def forward(self, x: Tensor, routing: Routing | None) -> list[Tensor]:
-        """Map ``[E, c_in]`` to one ``[E, c_out]`` for each output."""
+    def forward(self, x: Tensor, routing: Routing | None) -> Tensor:
+        """Map ``[E, c_in]`` to ``[E, c_out]``."""
         x = F.silu(self.norm_1(self.linear_1(x, routing)))
         x = F.silu(self.norm_2(self.linear_2(x, routing)))
-        return [output(x, routing) for output in self.outputs]
+        return self.linear_3(x, routing)

@@ -7,7 +7,7 @@ from gnnmd.nn.float64 import Float64Buffers
 
 
 def envelope(distance: Tensor, r_cut: float) -> Tensor:
-    """Return the polynomial cutoff with p = 5 of Gasteiger et al. (arXiv 2003.03123): 1 at 0, smooth to 0 at r_cut.
+    """Return the polynomial cutoff (p = 5) of Gasteiger et al. (arXiv 2003.03123): 1 at 0, 0 at r_cut.
 
     Value, first and second derivative vanish at the cutoff.
     """

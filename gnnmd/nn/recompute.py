@@ -1,4 +1,4 @@
-"""Trade time for memory: run a function without keeping its intermediates and run it again in the backward pass."""
+"""Trade time for memory: keep no intermediates of a function, run it again in the backward pass."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,10 +10,11 @@ from torch import Tensor
 def recomputed(
     fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], parameters: Sequence[Tensor] = ()
 ) -> tuple[Tensor, ...]:
-    """Return ``fn(*inputs)`` and keep only the inputs for the backward pass, at every order of differentiation.
+    """Return ``fn(*inputs)`` and keep only its inputs for backward passes of every order.
 
-    `torch.utils.checkpoint` bounds the first backward pass only: if that pass is itself recorded, as forces in
-    training are, the record holds every recomputed intermediate. Here the backward pass is a recomputed function again.
+    `torch.utils.checkpoint` bounds the first backward pass only: if that pass is itself recorded, as forces
+    in training are, the record holds every recomputed intermediate. Here the backward pass is a recomputed
+    function again.
 
     Args:
         fn: deterministic function of the inputs and the parameters.

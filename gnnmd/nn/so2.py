@@ -1,7 +1,7 @@
 """Linear maps in the frame of an edge that commute with rotations about it (Passaro and Zitnick 2023).
 
-Features in this frame are a list with one tensor ``[E, rows * C]`` per order, rows slow and channels fast: for m = 0
-the rows l = 0..lmax, for each m = 1..mmax the rows +m (l = m..lmax) before the rows -m.
+Features in this frame are a list with one tensor ``[E, rows * C]`` per order, rows slow and channels fast:
+for m = 0 the rows l = 0..lmax, for each m = 1..mmax the rows +m (l = m..lmax) before the rows -m.
 """
 
 from math import sqrt
@@ -26,7 +26,6 @@ class SO2Linear(nn.Module):
         c_in: channels of the input.
         c_out: channels of the output.
         extra: further invariant outputs.
-        bias: whether the outputs of m = 0 have a bias.
         experts_m0: number of experts of the map of m = 0, 0 for a plain one.
         experts_m: number of experts of the other maps.
     """
@@ -39,37 +38,25 @@ class SO2Linear(nn.Module):
         c_out: int,
         *,
         extra: int = 0,
-        bias: bool = True,
         experts_m0: int = 0,
         experts_m: int = 0,
     ):
         super().__init__()
         n0, *rows = rows_per_order(lmax, mmax)
-        self.m0 = ExpertLinear(n0 * c_in, extra + n0 * c_out, bias=bias, experts=experts_m0)
-        self.m = nn.ModuleList(
-            ExpertLinear(n // 2 * c_in, n * c_out, bias=False, experts=experts_m) for n in rows
-        )
+        self.m0 = ExpertLinear(n0 * c_in, extra + n0 * c_out, experts=experts_m0)
+        layers = [ExpertLinear(n // 2 * c_in, n * c_out, bias=False, experts=experts_m) for n in rows]
         with torch.no_grad():
-            for layer in self.m:
+            for layer in layers:
                 layer.weight.mul_(1 / sqrt(2))
+        self.m = nn.ModuleList(layers)
 
-    def forward(
-        self, x: list[Tensor], routing: Routing | None, onto: list[Tensor] | None = None
-    ) -> list[Tensor]:
-        """Return features; in m = 0 they come after the extra invariants.
-
-        Args:
-            x: features.
-            routing: experts of the edges.
-            onto: what another map returned; the result is added to it in place.
-        """
-        weights = [self.m0.weights(routing), *(_complex(layer.weights(routing)) for layer in self.m)]
-        biases = [self.m0.bias, *(None for _ in self.m)]
-        sums = [None for _ in weights] if onto is None else onto
-        return [
-            grouped_linear(xm, w, bias, routing, y)
-            for xm, w, bias, y in zip(x, weights, biases, sums, strict=True)
-        ]
+    def forward(self, x: list[Tensor], routing: Routing | None) -> list[Tensor]:
+        """Return features; those of m = 0 come after the extra invariants."""
+        y = [self.m0(x[0], routing)]
+        for layer, xm in zip(self.m, x[1:], strict=True):
+            assert isinstance(layer, ExpertLinear)
+            y.append(grouped_linear(xm, _complex(layer.weights(routing)), None, routing))
+        return y
 
 
 def _complex(weights: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Real spherical harmonics: row order, the sphere grid, linear maps per degree.
 
 Rows are ordered l-major, row ``l^2 + l + m``; the polar axis is y, so that l = 1 is (x, y, z). A point is
-``(sin b sin a, cos b, sin b cos a)``; Y_lm ~ P_l^|m|(cos b) times cos(m a) for m > 0 and sin(|m| a) for m < 0, without
-the Condon-Shortley sign and with the integral of Y^2 over the sphere equal to 1.
+``(sin b sin a, cos b, sin b cos a)``; Y_lm ~ P_l^|m|(cos b) times cos(m a) for m > 0 and sin(|m| a) for m <
+0, without the Condon-Shortley sign and with the integral of Y^2 over the sphere equal to 1.
 """
 
 from functools import cache
@@ -59,8 +59,8 @@ def spherical_harmonics(lmax: int, beta: NDArray, alpha: NDArray) -> NDArray:
 def coupling(l: int) -> NDArray:
     """Return C ``[3, 2l+1, 2l+3]`` float64, which couples degrees 1 and l to l + 1.
 
-    C[a, b, c] is proportional to the sphere integral of Y_1a Y_lb Y_(l+1)c and scaled so that the sum of C^2 over a
-    and b is 1. The integral is done by a quadrature that is exact for these polynomials.
+    C[a, b, c] is proportional to the sphere integral of Y_1a Y_lb Y_(l+1)c and scaled so that the sum of C^2
+    over a and b is 1. The integral is done by a quadrature that is exact for these polynomials.
     """
     n = l + 2
     cos_b, weight = np.polynomial.legendre.leggauss(n)

@@ -11,8 +11,8 @@ from gnnmd.nn.so3 import coupling, m_major_rows, n_rows
 def edge_frames(direction: Tensor) -> Tensor:
     """Return rotations ``[E, 3, 3]`` that take each unit vector ``[E, 3]`` to +y.
 
-    The roll about y is fixed by the formula, so results are deterministic. It jumps where y changes sign and is smooth
-    and free of singularities elsewhere; a model that rotates back does not see the roll.
+    The roll about y is fixed by the formula, so results are deterministic. It jumps where y changes sign and
+    is smooth and free of singularities elsewhere; a model that rotates back does not see the roll.
     """
     s = torch.where(direction[:, 1] < 0, -1.0, 1.0).to(direction.dtype)
     a, b, c = s * direction[:, 0], s * direction[:, 1], direction[:, 2]
@@ -28,7 +28,8 @@ def edge_frames(direction: Tensor) -> Tensor:
 class WignerD(Float64Buffers):
     """Wigner matrices of rotations: Y_l(R p) = D_l Y_l(p).
 
-    D_1 is R itself in the order (x, y, z); D_(l+1) is the coupling of D_1 and D_l, one product with a constant matrix.
+    D_1 is R itself in the order (x, y, z); D_(l+1) is the coupling of D_1 and D_l, one product with a
+    constant matrix.
 
     Args:
         lmax: largest degree.

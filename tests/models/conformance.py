@@ -1,7 +1,7 @@
 """What every potential must pass, whatever its network; tolerances are those of a float64 model.
 
-A test class inherits `Conformance` and gives a fixture ``potential`` (float64, evaluation mode) that knows H, C, O, Cu
-and Ag.
+A test class inherits `Conformance` and gives a fixture ``potential`` (float64, evaluation mode) that knows
+H, C, O, Cu and Ag.
 """
 
 import copy
@@ -249,7 +249,7 @@ class Conformance:
         assert (found.energy - expected.energy).abs().max() / len(expected.forces) < 1e-5
 
     def test_far_from_the_origin_in_float32(self, potential):
-        """Differences of positions are taken in float64; rounding positions first would be wrong at 10,000 A."""
+        """Positions are subtracted in float64; rounding them first would be wrong at 10,000 A."""
         single = copy.deepcopy(potential).float()
         batch = AtomBatch.from_ase(crystal())
         away = batch.positions + 1e4

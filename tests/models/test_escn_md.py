@@ -182,6 +182,6 @@ def test_a_wrong_shape_is_refused(change, message):
 
 
 def test_weights_do_not_depend_on_the_tables():
-    """Constants are no part of the state dict: it holds parameters and the potential's own float64 buffers."""
+    """Constants are no part of the state dict: it holds parameters and float64 buffers."""
     backbone = EscnMD(EscnMDConfig(**SMALL))
     assert set(backbone.state_dict()) == {name for name, _ in backbone.named_parameters()}

@@ -51,7 +51,7 @@ class _Saved:
 
 @pytest.mark.parametrize("again", [True, False])
 def test_nothing_but_inputs_is_kept(again):
-    """Also once the first derivative is recorded; negative control: the plain function keeps its intermediates."""
+    """Also with a recorded first derivative; control: the plain function keeps its intermediates."""
     kept = WeakSet()
 
     def pack(t: torch.Tensor) -> _Saved:

@@ -41,16 +41,15 @@ def test_orders_are_multiplied_as_complex_numbers():
     assert_close(linear(x, None)[1], torch.cat([product.real, product.imag], dim=1), rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("systems", [1, 2])
-def test_results_add_in_place(systems):
-    """Two maps into one result are the map of the concatenated inputs."""
-    routing = Routing(torch.rand(systems, 3, dtype=torch.float64), [3, 4] if systems == 2 else None)
-    maps = [SO2Linear(2, 1, 3, 4, experts_m0=3, experts_m=3, bias=b).double() for b in (True, False)]
-    x, z = features(2, 1, 3), [2 * xm + 1 for xm in features(2, 1, 3)]
-    expected = [a + b for a, b in zip(maps[0](x, routing), maps[1](z, routing), strict=True)]
-    found = maps[1](z, routing, onto=maps[0](x, routing))
-    for a, b in zip(found, expected, strict=True):
-        assert_close(a, b)
+def test_each_system_has_its_mixture():
+    coefficients = torch.rand(2, 3, dtype=torch.float64)
+    linear = SO2Linear(2, 1, 3, 4, experts_m0=3, experts_m=3).double()
+    x = features(2, 1, 3)
+    together = linear(x, Routing(coefficients, [3, 4]))
+    for b, rows in enumerate((slice(3), slice(3, 7))):
+        alone = linear([xm[rows] for xm in x], Routing(coefficients[b : b + 1], None))
+        for a, c in zip(alone, together, strict=True):
+            assert_close(a, c[rows])
 
 
 def test_gate_opens_and_closes_degrees():

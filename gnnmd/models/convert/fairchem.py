@@ -218,7 +218,8 @@ def _head(name: str, cls: str, options: dict[str, Any], weights: _Weights) -> _H
         raise ValueError(f"arguments {sorted(options)} of head {name!r} ({cls}) are not known")
     if _ROLES[cls] == "energy" and reduce == "mean":
         raise ValueError(
-            f"head {name!r} has reduce='mean': its forces are no derivatives of its energy. Load it with 'sum' and "
+            f"head {name!r} has reduce='mean': its forces are no derivatives of its energy. Load it "
+            f"with 'sum' and "
             "divide the energy by the number of atoms"
         )
     if cls == "MLP_Stress_Head" and experts:
@@ -342,22 +343,12 @@ def _layer(
     m0, m, radial, feed_forward = experts
     state = _norm(own + "norm_1", up + "norm_1", model.norm, weights)
     state |= _norm(own + "norm_2", up + "norm_2", model.norm, weights)
-    conv, conv_1, conv_2 = (
-        own + "edge_convolution.",
-        up + "edge_wise.so2_conv_1.",
-        up + "edge_wise.so2_conv_2.",
-    )
-    state |= _radial(conv + "radial", conv_1 + "rad_func", weights, radial, halves=model.channels)
-    for order in range(model.mmax + 1):
-        ours = "m0" if order == 0 else f"m.{order - 1}"
-        theirs = "fc_m0" if order == 0 else f"so2_m_conv.{order - 1}.fc"
-        options = {"experts": m if order else m0, "bias": order == 0}
-        state |= _linear(f"{conv}mix.{ours}", conv_2 + theirs, weights, **options)
-        first = _linear(ours, conv_1 + theirs, weights, **options)
-        halves = _halves(first.pop(f"{ours}.weight"), -1, model.channels)
-        for part, weight in zip(("from_source", "from_target"), halves, strict=True):
-            state[f"{conv}{part}.{ours}.weight"] = weight
-        state |= {f"{conv}from_source.{key}": value for key, value in first.items()}
+    state |= _radial(own + "edge_convolution.radial", up + "edge_wise.so2_conv_1.rad_func", weights, radial)
+    for conv in ("conv_1", "conv_2"):
+        ours, theirs = f"{own}edge_convolution.{conv}.", f"{up}edge_wise.so2_{conv}."
+        state |= _linear(ours + "m0", theirs + "fc_m0", weights, experts=m0)
+        for k in range(model.mmax):
+            state |= _linear(f"{ours}m.{k}", f"{theirs}so2_m_conv.{k}.fc", weights, experts=m, bias=False)
     if model.feed_forward == "spectral":
         state |= _linear(
             own + "feed_forward.gates", up + "atom_wise.scalar_mlp.0", weights, experts=feed_forward
@@ -380,30 +371,13 @@ def _linear(
     return state | ({f"{own}.bias": weights[f"{up}.bias"]} if bias else {})
 
 
-def _radial(own: str, up: str, weights: _Weights, experts: int, halves: int = 0) -> dict[str, Tensor]:
-    """Return a radial network; with ``halves`` its outputs are that many channels of source, then of target."""
-    state = _linear(f"{own}.linear_1", f"{up}.net.0", weights, experts=experts)
-    state |= _linear(f"{own}.norm_1", f"{up}.net.1", weights)
-    state |= _linear(f"{own}.linear_2", f"{up}.net.3", weights, experts=experts)
-    state |= _linear(f"{own}.norm_2", f"{up}.net.4", weights)
-    last = _linear(f"{own}.outputs.0", f"{up}.net.6", weights, experts=experts)
-    if not halves:
-        return state | last
-    for key, value in last.items():
-        for i, half in enumerate(_halves(value, -1 if key.endswith("bias") else -2, halves)):
-            state[key.replace("outputs.0", f"outputs.{i}")] = half
+def _radial(own: str, up: str, weights: _Weights, experts: int) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for k in (1, 2, 3):
+        state |= _linear(f"{own}.linear_{k}", f"{up}.net.{3 * k - 3}", weights, experts=experts)
+    for k in (1, 2):
+        state |= _linear(f"{own}.norm_{k}", f"{up}.net.{3 * k - 2}", weights)
     return state
-
-
-def _halves(tensor: Tensor, dim: int, channels: int) -> tuple[Tensor, ...]:
-    """Split a dimension of (rows, source and target, channels) by its middle factor."""
-    if tensor.numel() == 0:  # missing; reported with the others
-        return tensor, tensor
-    if tensor.shape[dim] % (2 * channels):
-        raise ValueError(f"a weight {tuple(tensor.shape)} does not fit sphere_channels={channels}")
-    return tuple(
-        half.flatten(dim - 1, dim) for half in tensor.unflatten(dim, (-1, 2, channels)).unbind(dim - 1)
-    )
 
 
 def _norm(own: str, up: str, kind: str, weights: _Weights) -> dict[str, Tensor]:
@@ -436,7 +410,7 @@ def _heads_state(config: PotentialConfig, roles: Mapping[str, _Head], weights: _
 def _mlp(own: str, up: str, weights: _Weights, head: _Head) -> dict[str, Tensor]:
     if head.cls == "Linear_Energy_Head":
         return _linear(f"{own}.layers.0", up, weights, experts=head.experts)
-    state = {}
+    state: dict[str, Tensor] = {}
     for k in range(3):
         state |= _linear(f"{own}.layers.{k}", f"{up}.{2 * k}", weights, experts=head.experts)
     return state

@@ -216,7 +216,6 @@ def test_an_unknown_option_is_refused():
         ("num_layers", 3, "missing .*backbone.blocks.2.norm_1"),
         ("num_layers", 0, "not used .*backbone.blocks.0.norm_1"),
         ("hidden_channels", 16, "but by the options it is"),
-        ("sphere_channels", 6, r"does not fit sphere_channels=6"),
         ("num_experts", 4, "missing .*routing_mlp"),
     ],
 )
