@@ -1,1 +1,1 @@
-"""."""
+"""Measured against peers, one JSON line per record."""

@@ -161,8 +161,7 @@ class Potential(Float64Buffers):
         elif neighbors.r_cut != self.r_cut:
             raise ValueError(
                 f"the neighbour list was built with r_cut={neighbors.r_cut} A but the model needs "
-                f"{self.r_cut} A; "
-                "build it with potential.r_cut"
+                f"{self.r_cut} A; build it with potential.r_cut"
             )
         return AtomGraph(
             numbers=batch.numbers,
@@ -199,9 +198,7 @@ class Potential(Float64Buffers):
                 pos = pos.detach().requires_grad_()
             x, cell, strain = strained(pos, g.cell, system) if by_strain else (pos, g.cell, None)
             features = self.backbone(g.with_positions(gp.exchange(x), cell), gp)  # [n_owned, K, C]
-            with torch.autocast(
-                pos.device.type, enabled=False
-            ):  # heads, sums and derivatives in full precision
+            with torch.autocast(pos.device.type, enabled=False):  # sums and derivatives stay exact
                 features = features.to(next(self.parameters()).dtype)
                 out = {
                     name: self.energy_scale * head(features, g).to(torch.float64)
@@ -209,13 +206,11 @@ class Potential(Float64Buffers):
                     if stress or name != "stress"
                 }
                 node_energies = out["energy"] + self.element_energies[g.numbers[: gp.n_owned]]
-                energy = node_energies.new_zeros(g.n_systems).index_add(
-                    0, system, node_energies
-                )  # of this rank
+                local_energy = node_energies.new_zeros(g.n_systems).index_add(0, system, node_energies)
                 if by_positions:
                     leaves = [pos] if strain is None else [pos, strain]
                     gradients = torch.autograd.grad(
-                        energy.sum(), leaves, create_graph=self.training, materialize_grads=True
+                        local_energy.sum(), leaves, create_graph=self.training, materialize_grads=True
                     )
                     out["forces"] = -gradients[0]
             v = volume(g.cell)[:, None, None]  # [B, 1, 1]
@@ -224,7 +219,7 @@ class Potential(Float64Buffers):
             if "stress" in out:
                 out["stress"] = torch.where(v > 0, gp.sum_ranks(out["stress"]), torch.nan)
         prediction = Prediction(
-            energy=gp.sum_ranks(energy),
+            energy=gp.sum_ranks(local_energy),
             forces=out["forces"],
             stress=out.get("stress"),
             node_energies=node_energies,
@@ -242,11 +237,10 @@ class Potential(Float64Buffers):
             )
         unseen = [z for z in numbers if self.elements and z not in self.elements]
         if unseen:
-            known = ", ".join(chemical_symbols[z] for z in self.elements)
+            names, known = (", ".join(chemical_symbols[z] for z in zs) for zs in (unseen, self.elements))
             raise ValueError(
-                f"the model was not trained on {', '.join(chemical_symbols[z] for z in unseen)}; it "
-                f"knows {known}. "
-                "Train it on these elements (gnnmd train, fine-tuning) or remove them"
+                f"the model was not trained on {names}; it knows {known}. Fine-tune it on data with these "
+                "elements, or remove them"
             )
         for name, values, limits in [
             ("charge", batch.charge, self.backbone.charge_range),

@@ -71,9 +71,7 @@ class ExpertLinear(nn.Module):
         return grouped_linear(x, self.weights(routing), self.bias, routing)
 
 
-def grouped_linear(
-    x: Tensor, weights: Tensor, bias: Tensor | None, routing: Routing | None, onto: Tensor | None = None
-) -> Tensor:
+def grouped_linear(x: Tensor, weights: Tensor, bias: Tensor | None, routing: Routing | None) -> Tensor:
     """Apply to the rows of system b their own weights.
 
     Args:
@@ -81,19 +79,13 @@ def grouped_linear(
         weights: ``[1 or B, c_out, c_in]``.
         bias: ``[c_out]`` or None.
         routing: which rows belong to which system; not read if all share their weights.
-        onto: ``[n, c_out]`` to which the result is added in place (then there is no bias).
     """
     if len(weights) == 1:
-        return (
-            F.linear(x, weights[0], bias)
-            if onto is None
-            else onto.addmm_(x.to(onto.dtype), weights[0].t().to(onto.dtype))
-        )
+        return F.linear(x, weights[0], bias)
     assert routing is not None
     assert routing.rows is not None
     groups = zip(x.split(routing.rows), weights, strict=True)
-    y = torch.cat([F.linear(part, weight, bias) for part, weight in groups])
-    return y if onto is None else onto.add_(y)
+    return torch.cat([F.linear(part, weight, bias) for part, weight in groups])
 
 
 class Router(nn.Module):

@@ -31,12 +31,12 @@ class ErrorMeter:
 
     def update(self, prediction: Prediction, labels: AtomBatch) -> None:
         """Add one batch; predictions and labels on one device."""
-        self._add("energy", (prediction.energy - labels.energy) / labels.n_atoms)
-        self._add("forces", prediction.forces - labels.forces)
+        self._add("energy", prediction.energy / labels.n_atoms, labels.energy / labels.n_atoms)
+        self._add("forces", prediction.forces, labels.forces)
         if prediction.stress is not None:
-            self._add("stress", prediction.stress - labels.stress)
+            self._add("stress", prediction.stress, labels.stress)
         if self._per_element:
-            rows = _error_sums((prediction.forces - labels.forces).detach(), dim=1)  # [N, 3]
+            rows = _error_sums(prediction.forces, labels.forces)  # [N, 3]
             table = self.sums.setdefault("elements", rows.new_zeros(119, 3))
             table.index_add_(0, labels.numbers, rows)
 
@@ -54,8 +54,8 @@ class ErrorMeter:
                 _put(found, "forces", f"_{chemical_symbols[number]}", row)
         return found
 
-    def _add(self, name: str, error: Tensor) -> None:
-        row = _error_sums(error.detach().double().reshape(1, -1), dim=1)[0]
+    def _add(self, name: str, prediction: Tensor, label: Tensor) -> None:
+        row = _error_sums(prediction.reshape(1, -1), label.reshape(1, -1))[0]
         self.sums[name] = self.sums[name] + row if name in self.sums else row
 
 
@@ -74,11 +74,14 @@ def error_table(errors: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
-def _error_sums(error: Tensor, dim: int) -> Tensor:
-    """Return sum |e|, sum e^2 and the number of finite entries along ``dim``, stacked last."""
-    known = error.isfinite()
-    error = torch.where(known, error, error.new_zeros(()))
-    return torch.stack([error.abs().sum(dim), error.square().sum(dim), known.sum(dim).to(error.dtype)], -1)
+def _error_sums(prediction: Tensor, label: Tensor) -> Tensor:
+    """Return sum |e|, sum e^2 and the number of labels along dim 1, stacked last.
+
+    Only a missing label is left out: a prediction that is NaN must show.
+    """
+    known = ~label.isnan()
+    error = (prediction.detach().double() - label).masked_fill(~known, 0.0)
+    return torch.stack([error.abs().sum(1), error.square().sum(1), known.sum(1).to(error.dtype)], -1)
 
 
 def _put(found: dict[str, float], name: str, suffix: str, sums: list[float]) -> None:

@@ -90,3 +90,13 @@ def test_parity_pairs_leave_missing_labels_out(tmp_path):
 def test_parity_plot_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no labels"):
         save_parity_plot(tmp_path / "parity.png", {})
+
+
+def test_prediction_that_is_nan_shows_in_the_errors():
+    """Only a missing label may be left out; a broken model must not look perfect."""
+    labels = AtomBatch.from_ase(Atoms("Ag2", [[0, 0, 0], [0, 0, 3]], info={"energy": 1.0}))
+    nothing = torch.full((2, 3), torch.nan, dtype=torch.float64)
+    meter = ErrorMeter()
+    meter.update(Prediction(torch.tensor([torch.nan]).double(), nothing, None, nothing[:, 0]), labels)
+    assert np.isnan(meter.errors()["energy_mae"])
+    assert "forces_mae" not in meter.errors()  # no label, no error
