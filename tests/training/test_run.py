@@ -13,11 +13,11 @@ import yaml
 from ase.data import atomic_numbers
 from lightning.pytorch import Callback
 
-from gnnmd.data.datamodule import DataConfig
+from gnnmd.data.datamodule import AtomsDataModule, DataConfig
 from gnnmd.models.escn_md import ExpertsConfig
 from gnnmd.predict import load_checkpoint
 from gnnmd.training.callbacks import BEST, LAST, STATE
-from gnnmd.training.run import train
+from gnnmd.training.run import evaluate, train
 from tests.training.conftest import columns
 
 CURVES = ("epoch", "step", "lr", "train", "val")
@@ -244,6 +244,12 @@ def test_validation_uses_the_average_and_the_average_is_exported(config):
     result = train(config)
     state = torch.load(result.folder / STATE, weights_only=True)["state_dict"]
     exported = load_checkpoint(result.folder / LAST)[0].state_dict()
+    last = load_checkpoint(result.folder / LAST)[1].extra["val_errors"]
+    data = AtomsDataModule(config.data, config.model.r_cut)
+    data.setup()
+    errors, _ = evaluate(load_checkpoint(result.folder / LAST)[0], data.val_dataloader(), torch.device("cpu"))
+    assert last["forces_mae"] == pytest.approx(errors["forces_mae"], rel=1e-6)
+    assert float(columns(result.folder, "val_forces_mae")[-1, 0]) == last["forces_mae"]
     differ = 0
     for name, w in exported.items():
         assert torch.equal(w, state[f"average.{name}"])
