@@ -52,7 +52,7 @@ def merged(potential: Potential, batch: AtomBatch) -> Potential:
         state = potential.state_dict()
         for name, module in backbone.named_modules(prefix="backbone"):
             if isinstance(module, ExpertLinear) and module.weight.ndim == 3:
-                state[f"{name}.weight"] = torch.einsum("bk,koi->oi", mix, module.weight)
+                state[f"{name}.weight"] = torch.einsum("k,koi->oi", mix, module.weight)
     kept = {key: value for key, value in state.items() if not key.startswith("backbone.router.")}
     parameter = next(potential.parameters())
     plain.to(parameter.device, parameter.dtype).load_state_dict(kept)

@@ -41,30 +41,30 @@ class _Recomputed(torch.autograd.Function):
     def forward(
         ctx: Any, fn: Callable[..., tuple[Tensor, ...]], n: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         ctx.fn, ctx.n = fn, n
         ctx.save_for_backward(*tensors)
         return fn(*tensors[:n])
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         fn, n = ctx.fn, ctx.n
         inputs, parameters = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        used = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
 
         def vjp(*args: Tensor) -> tuple[Tensor, ...]:
             record = torch.is_grad_enabled()
             with torch.enable_grad():
                 x = args[:n] if record else _leaves(args[:n])
                 roots = [(*x, *parameters)[i] for i in wanted]
+                outputs = fn(*x)
                 return torch.autograd.grad(
-                    fn(*x), roots, args[n:], create_graph=record, materialize_grads=True
+                    [outputs[i] for i in used], roots, args[n:], create_graph=record, materialize_grads=True
                 )
 
-        if torch.is_grad_enabled():
-            args = (*inputs, *cotangents)
-            found = _Recomputed.apply(vjp, len(args), *args, *parameters)
-        else:
-            found = vjp(*inputs, *cotangents)
+        args = (*inputs, *(cotangents[i] for i in used))
+        found = _Recomputed.apply(vjp, len(args), *args, *parameters) if torch.is_grad_enabled() else vjp(*args)
         gradients: list[Tensor | None] = [None] * len(ctx.saved_tensors)
         for i, gradient in zip(wanted, found, strict=True):
             gradients[i] = gradient
