@@ -3,5 +3,18 @@
 from gnnmd.parallel.context import AllGatherContext, GPContext
 from gnnmd.parallel.plan import Plan, build_plan, share_of
 from gnnmd.parallel.ranks import RankFailure, Ranks
+from gnnmd.parallel.workers import WorkerDied, Workers
+from gnnmd.parallel.world import World
 
-__all__ = ["AllGatherContext", "GPContext", "Plan", "RankFailure", "Ranks", "build_plan", "share_of"]
+__all__ = [
+    "AllGatherContext",
+    "GPContext",
+    "Plan",
+    "RankFailure",
+    "Ranks",
+    "WorkerDied",
+    "Workers",
+    "World",
+    "build_plan",
+    "share_of",
+]

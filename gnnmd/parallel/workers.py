@@ -1,0 +1,154 @@
+"""Processes on this machine that share one process group and run functions together.
+
+They are new interpreters that import gnnmd, not copies of the caller: scripts need no ``__main__`` guard, and
+notebooks work. Calls and answers are pickled messages through pipes that nobody else can open.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+#: After a worker has failed, the others get so long to answer: they may wait for it in a collective. Seconds.
+GRACE = 5.0
+
+
+class WorkerDied(RuntimeError):
+    """A worker process ended by itself: killed, out of memory, crashed."""
+
+
+class Workers:
+    """Processes that form one group; a context manager.
+
+    Args:
+        n: number of processes.
+        device: "cuda" gives each a GPU of its own, "cpu" divides the cores among them.
+
+    Raises:
+        ValueError: n < 1, or fewer GPUs than processes.
+    """
+
+    def __init__(self, n: int, device: str = "cpu") -> None:
+        if n < 1:
+            raise ValueError(f"workers={n}: at least one process is needed")
+        if device == "cuda" and n > torch.cuda.device_count():
+            raise ValueError(
+                f"workers={n} needs as many GPUs, but torch sees {torch.cuda.device_count()}; use fewer "
+                "workers, or device='cpu'"
+            )
+        # The server of the workers' rendezvous lives here: its port is free by construction.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._pipes: list[Connection] = []
+        shared = {
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+            "WORLD_SIZE": str(n),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # as under torchrun: no rank starts a server of its own
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // n)),
+            "GNNMD_DEVICE": device,
+        }
+        for rank in range(n):
+            ours, theirs = Pipe()
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GNNMD_PIPE": str(theirs.fileno())}
+            command = [sys.executable, "-m", "gnnmd.parallel.serve"]
+            self._processes.append(
+                subprocess.Popen(command, env={**os.environ, **shared, **own}, pass_fds=[theirs.fileno()])
+            )
+            self._pipes.append(ours)
+            theirs.close()
+
+    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run ``function(ranks, *args)`` on every worker; return the results in the workers' order.
+
+        Args:
+            function: a function of an importable module, not of a script or notebook.
+            *args: sent to every worker.
+
+        Raises:
+            WorkerDied: a worker is gone; the others are ended too.
+            Exception: what a worker raised, its traceback added as a note. Workers that then do not answer,
+                because they wait for the failed one, are ended too.
+        """
+        if not self._pipes:
+            raise WorkerDied("the workers are closed, or have died; start new ones")
+        message = pickle.dumps((function.__module__, function.__qualname__, args))
+        try:
+            for pipe in self._pipes:
+                with suppress(OSError):  # a dead worker shows when its answer is read
+                    pipe.send_bytes(message)
+            return self._answers()
+        except KeyboardInterrupt:
+            self.close()  # in the middle of a call: nobody knows what the workers hold
+            raise
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.close()  # which they notice
+        deadline = time.monotonic() + 2.0
+        for process in self._processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.wait()
+        self._processes, self._pipes = [], []
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_processes", None):
+            self.close()
+
+    def _answers(self) -> list[Any]:
+        results: dict[int, Any] = {}
+        failures: dict[int, Exception] = {}
+        waiting = dict(enumerate(self._pipes))
+        while waiting:
+            ready = wait(list(waiting.values()), GRACE if failures else None)
+            if not ready:
+                break
+            for rank in [r for r, pipe in waiting.items() if pipe in ready]:
+                pipe = waiting.pop(rank)
+                try:
+                    good, answer, text = pickle.loads(pipe.recv_bytes())
+                except (EOFError, OSError):
+                    failures[rank] = WorkerDied(self._obituary(rank))
+                    continue
+                if good:
+                    results[rank] = answer
+                else:
+                    answer.add_note(f"on worker {rank} of {len(self._pipes)}:\n{text}")
+                    failures[rank] = answer
+        if not failures:
+            return [results[rank] for rank in sorted(results)]
+        # The first that died explains why others complain about their connections.
+        first = next((e for e in failures.values() if isinstance(e, WorkerDied)), min(failures.items())[1])
+        if waiting or isinstance(first, WorkerDied):
+            self.close()
+        raise first
+
+    def _obituary(self, rank: int) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            self._processes[rank].wait(1.0)
+        code = self._processes[rank].returncode
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        return (
+            f"worker {rank} of {len(self._processes)} died ({how}); its last words are on standard error. "
+            "Signal 9 is usually the system's answer to too little memory"
+        )
