@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -196,7 +197,7 @@ class Edges:
     """All edges of some consecutive atoms, and what messages read of them.
 
     Attributes:
-        atoms: rows of these atoms.
+        first, n_atoms: rows ``first .. first + n_atoms - 1`` are these atoms.
         source: ``[E]`` rows of the sources.
         target: ``[E]`` rows of the targets, ascending.
         to_edge: ``[E, R, S]`` rotation into the frame of the edge, rows with |m| <= mmax in m-major order.
@@ -205,7 +206,8 @@ class Edges:
         routing: experts of the edges, or None.
     """
 
-    atoms: slice
+    first: int
+    n_atoms: int
     source: Tensor
     target: Tensor
     to_edge: Tensor
@@ -264,8 +266,8 @@ class EdgeSum(nn.Module):
         """Return the sums of one piece as a function of everything in it that is differentiated."""
         routing = edges.routing and replace(edges.routing, coefficients=coefficients[0])
         edges = replace(edges, to_edge=to_edge, from_edge=from_edge, scalars=scalars, routing=routing)
-        zeros = h.new_zeros(edges.atoms.stop - edges.atoms.start, *h.shape[1:])
-        return (zeros.index_add(0, edges.target - edges.atoms.start, self.messages(h, edges).to(h.dtype)),)
+        zeros = h.new_zeros(edges.n_atoms, *h.shape[1:])
+        return (zeros.index_add(0, edges.target - edges.first, self.messages(h, edges).to(h.dtype)),)
 
 
 class EdgeDegree(EdgeSum):
@@ -445,15 +447,21 @@ class EscnMD(Backbone):
         ]
         system = self.system_embedding(g.charge, g.spin, g.dataset)
         coefficients = self.coefficients(g, n_owned, system, system_sum)
-        pieces, recompute = self._pieces(target, n_owned)
-        lengths = [edges for _, edges in pieces]
-        tensors = (source, target, to_edge, from_edge, torch.cat([gaussians, *embeddings], dim=1))
-        edges = [
-            Edges(atoms, *fields, self._routing(coefficients, g.system, fields[1]))  # type: ignore[call-arg]
-            for (atoms, _), *fields in zip(pieces, *(t.split(lengths) for t in tensors), strict=True)
-        ]
-        owned = torch.arange(n_owned, device=target.device)
-        return EscnBasis(edges, recompute, system, self._routing(coefficients, g.system, owned))
+
+        def routing(rows: Tensor) -> Routing | None:
+            return None if coefficients is None else Routing.of(coefficients, g.system[rows])
+
+        cuts, recompute = self._cuts(target, n_owned)
+        lengths = [stop - start for (_, start), (_, stop) in pairwise(cuts)]
+        scalars = torch.cat([gaussians, *embeddings], dim=1)
+        tensors = [t.split(lengths) for t in (source, target, to_edge, from_edge, scalars)]
+        edges = []
+        for ((first, _), (end, _)), *piece in zip(pairwise(cuts), *tensors, strict=True):
+            source, target, to_edge, from_edge, scalars = piece
+            n_atoms = end - first
+            edges.append(Edges(first, n_atoms, source, target, to_edge, from_edge, scalars, routing(target)))
+        owned = torch.arange(n_owned, device=source.device)
+        return EscnBasis(edges, recompute, system, routing(owned))
 
     def embed(self, g: AtomGraph, basis: EscnBasis) -> Tensor:
         """Return ``[n_all, S, C]``: element and system in the scalars, zero elsewhere."""
@@ -491,12 +499,8 @@ class EscnMD(Backbone):
         counted = g.n_atoms + 1 if self.config.experts.mean_counts_one_more else g.n_atoms.clamp(min=1)
         return self.router(system, total / counted[:, None])
 
-    @staticmethod
-    def _routing(coefficients: Tensor | None, system: Tensor, rows: Tensor) -> Routing | None:
-        return None if coefficients is None else Routing.of(coefficients, system[rows])
-
-    def _pieces(self, target: Tensor, n_owned: int) -> tuple[list[tuple[slice, int]], bool]:
-        """Cut the edges between atoms; return the atoms and the number of edges of each piece.
+    def _cuts(self, target: Tensor, n_owned: int) -> tuple[list[tuple[int, int]], bool]:
+        """Cut the edges between atoms; return (atom, edge) of every cut, both ends included.
 
         The second result is whether a piece is to be computed again in the backward pass.
         """
@@ -507,11 +511,10 @@ class EscnMD(Backbone):
             row = n_rows(self.config.lmax) * self.config.channels
             longest = max(CACHE_VALUES // row, longest // MOST_CACHE_PIECES)
         if len(target) <= longest:
-            return [(slice(0, n_owned), len(target))], recompute
+            return [(0, 0), (n_owned, len(target))], recompute
         first = torch.searchsorted(target, torch.arange(n_owned + 1, device=target.device)).tolist()
-        pieces, atom = [], 0
-        while atom < n_owned:
+        cuts = [(0, 0)]
+        while (atom := cuts[-1][0]) < n_owned:
             following = max(bisect_right(first, first[atom] + longest) - 1, atom + 1)
-            pieces.append((slice(atom, following), first[following] - first[atom]))
-            atom = following
-        return pieces, recompute
+            cuts.append((following, first[following]))
+        return cuts, recompute

@@ -185,3 +185,17 @@ def test_weights_do_not_depend_on_the_tables():
     """Constants are no part of the state dict: it holds parameters and float64 buffers."""
     backbone = EscnMD(EscnMDConfig(**SMALL))
     assert set(backbone.state_dict()) == {name for name, _ in backbone.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it, and hides the warning itself
+def test_one_compiled_network_serves_structures_of_every_size():
+    torch.compiler.reset()
+    plain, compiled = escn_md(), escn_md()
+    compiled.backbone.compile(dynamic=True, backend="eager")
+    try:
+        for atoms in (crystal(), crystal() * (3, 1, 1), ethanol(), slab()):
+            found, expected = predict(compiled, atoms), predict(plain, atoms)
+            assert_close(found.forces, expected.forces, rtol=0, atol=1e-12)
+            torch.compiler.set_stance("fail_on_recompile")
+    finally:
+        torch.compiler.set_stance("default")
