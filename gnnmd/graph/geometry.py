@@ -5,12 +5,15 @@ from torch import Tensor
 
 from gnnmd.graph.graph import AtomGraph
 
+#: Components of the vectors of spare edges, Angstrom: beyond every cutoff, so that they contribute nothing.
+FAR = 60.0
+
 
 def edge_vectors(g: AtomGraph) -> Tensor:
     """Return ``[E, 3]`` vectors r_ij = x_j + shift @ cell - x_i (Angstrom, in the dtype of the positions).
 
     Differences are taken before any cast to the model's dtype: float32 positions 1,000 A from the origin
-    would already be wrong by 6e-5 A.
+    would already be wrong by 6e-5 A. Spare edges are far away, whatever the positions.
     """
     if g.positions is None:
         raise ValueError("the graph has no positions; call with_positions first")
@@ -20,7 +23,11 @@ def edge_vectors(g: AtomGraph) -> Tensor:
         offset = shift @ g.cell[0]
     else:
         offset = torch.einsum("ea,eab->eb", shift, g.cell.index_select(0, g.system[target]))
-    return g.positions[source] - g.positions[target] + offset
+    vectors = g.positions[source] - g.positions[target] + offset
+    if g.n_edges is None:
+        return vectors
+    spare = torch.arange(len(source), device=source.device) >= g.n_edges
+    return torch.where(spare[:, None], FAR, vectors)
 
 
 def pair_distances(

@@ -25,6 +25,8 @@ class AtomGraph:
         spin: ``[B]`` int64 multiplicity.
         dataset: ``[B]`` int64 index into the model's list of data set names.
         positions: ``[n_all, 3]`` float64, Angstrom; put in by `Potential` at every evaluation.
+        n_edges: scalar int64, how many of the E columns are edges; the rest are spare room that keeps the
+            shape the same when the number of edges changes. None if all are edges.
     """
 
     numbers: Tensor
@@ -37,6 +39,7 @@ class AtomGraph:
     spin: Tensor
     dataset: Tensor
     positions: Tensor | None = None
+    n_edges: Tensor | None = None
 
     @property
     def n_systems(self) -> int:

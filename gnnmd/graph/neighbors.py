@@ -62,7 +62,12 @@ _BACKENDS = {
 
 @torch.no_grad()
 def neighbor_list(
-    batch: AtomBatch, r_cut: float, *, backend: str = "auto", max_neighbors: int | None = None
+    batch: AtomBatch,
+    r_cut: float,
+    *,
+    backend: str = "auto",
+    max_neighbors: int | None = None,
+    targets: Tensor | None = None,
 ) -> NeighborList:
     """Find all directed pairs closer than the cutoff, periodic images included.
 
@@ -78,6 +83,7 @@ def neighbor_list(
         max_neighbors: keep about this many nearest sources per target M: those with
             d^2 <= d_(M+1)^2 + 0.01 A^2, where d_(M+1) belongs to the (M+1)-th nearest (eSCN-MD's rule).
             Makes the energy discontinuous; None keeps all.
+        targets: ``[N]`` bool, list only edges that end on these atoms; None lists all.
 
     Raises:
         ValueError: a cutoff or max_neighbors that is not positive, an unknown backend, positions that are not
@@ -92,12 +98,12 @@ def neighbor_list(
     reach = r_cut + DISTANCE_ERROR
     atoms = box_atoms(batch, reach)
     if not len(atoms.positions):
-        return _sorted_edges(_no_pairs(atoms), atoms, r_cut)
+        return _sorted_edges(_no_pairs(atoms), atoms, r_cut, targets)
     pairs = find_pairs(atoms, reach)
     near = pairs.distance < r_cut - DISTANCE_ERROR
     close_call = (~near & (pairs.distance < r_cut + DISTANCE_ERROR)).nonzero().squeeze(1)
     near[close_call] = _distances(batch, atoms, pairs.select(close_call)) < r_cut
-    edges = _sorted_edges(pairs.select(near.nonzero().squeeze(1)), atoms, r_cut)
+    edges = _sorted_edges(pairs.select(near.nonzero().squeeze(1)), atoms, r_cut, targets)
     return edges if max_neighbors is None else _nearest(edges, batch, max_neighbors)
 
 
@@ -129,7 +135,7 @@ def _distances(batch: AtomBatch, atoms: BoxedAtoms, pairs: Pairs) -> Tensor:
     return pair_distances(batch.positions, batch.cell, batch.system, pairs.target, pairs.source, shift)
 
 
-def _sorted_edges(pairs: Pairs, atoms: BoxedAtoms, r_cut: float) -> NeighborList:
+def _sorted_edges(pairs: Pairs, atoms: BoxedAtoms, r_cut: float, targets: Tensor | None) -> NeighborList:
     """List both directions of every pair, sorted by one int64 key made of target, source and shift."""
     t, s, shift = pairs.target, pairs.source, pairs.shift.long()
     span = int(shift.abs().max()) if len(shift) else 0
@@ -145,6 +151,8 @@ def _sorted_edges(pairs: Pairs, atoms: BoxedAtoms, r_cut: float) -> NeighborList
     zero = (span << 2 * shift_bits) + (span << shift_bits) + span
     forward = ((t << atom_bits | s) << 3 * shift_bits) + (zero + code)
     backward = ((s << atom_bits | t) << 3 * shift_bits) + (zero - code)
+    if targets is not None:
+        forward, backward = forward[targets[t]], backward[targets[s]]
     key = torch.sort(torch.cat([forward, backward])).values
 
     pair = key >> 3 * shift_bits

@@ -1,11 +1,14 @@
 """A plan: everything about a partitioned graph that stays fixed while no atom has moved too far."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gnnmd.graph.atoms import AtomBatch
 from gnnmd.graph.geometry import complete_cell, edge_vectors
@@ -14,7 +17,7 @@ from gnnmd.graph.neighbors import neighbor_list
 from gnnmd.parallel.accounting import copies
 from gnnmd.parallel.context import GPContext
 from gnnmd.parallel.guards import check_columns, check_each_once, check_finite, check_share
-from gnnmd.parallel.halo import halo_receivers
+from gnnmd.parallel.halo import expand_ranges, halo_receivers
 from gnnmd.parallel.morton import morton_keys
 from gnnmd.parallel.partition import PARTITIONERS, Cuts, choose, morton
 from gnnmd.parallel.ranks import Ranks
@@ -58,14 +61,14 @@ class Held:
 class Plan:
     """One rank's share of one or many systems.
 
-    Use: ``potential(positions, plan.graph, plan.gp)`` with positions of the owned atoms in the order of
-        `ids`, as
-    long as `moved_too_far` says no; then `rebuild`.
+    Use ``potential(positions, plan.graph, plan.gp)``, with positions of the owned atoms in the order of
+    `ids`, as long as `moved_too_far` says no; then `rebuild`.
 
     Attributes:
-        graph: owned and ghost atoms and the edges, shorter than ``r_cut + skin``, that end on owned atoms.
+        graph: owned and ghost atoms and the edges, shorter than ``r_cut + skin``, that end on owned atoms;
+            after them spare ghosts and edges, if head-room was asked for.
         gp: how the ghosts' rows are fetched.
-        ids: ``[n_all]`` int64 global numbers of owned and ghost atoms.
+        ids: ``[n_all]`` int64 global numbers of owned and ghost atoms; -1 for spare ghosts.
         positions: ``[n_owned, 3]`` at which the plan was built, Angstrom, not wrapped.
         carried: per-atom rows that travel with the owned atoms (labels, velocities).
         cuts: the partition.
@@ -91,9 +94,8 @@ class Plan:
         """Tell whether an edge shorter than the cutoff may be missing from the plan; collective.
 
         Displacements are those of the coordinates as they are, beyond what the cell's own deformation
-        explains: an atom that was wrapped to the other side of the cell counts as moved, because the edges'
-            shifts are no longer
-        its own.
+        explains: an atom that was wrapped to the other side of the cell counts as moved, because the shifts
+        of its edges are no longer right.
 
         Args:
             positions: ``[n_owned, 3]`` Angstrom.
@@ -122,8 +124,8 @@ class Plan:
         """Build the plan anew at new positions; collective.
 
         Atoms keep their owner, and their row, until this costs more than 10 % in ghosts or edges on the rank
-        that has
-        most: in a liquid of 1e5 atoms per rank less than 1 % leave their brick between two rebuilds.
+        that has most: in a liquid of 1e5 atoms per rank less than 1 % leave their brick between two rebuilds.
+        Meanwhile shapes stay what they are where there is room; what does not fit gets more, never less.
 
         Args:
             positions: ``[n_owned, 3]`` Angstrom.
@@ -139,7 +141,7 @@ class Plan:
         plan = _link(held, batch, self.cuts, self.ranks, self._options)
         if (plan._load > REPARTITION * self._load).any():
             return _build(held, batch, self.ranks, self._options)
-        return replace(plan, _load=self._load)
+        return _with_room(replace(plan, _load=self._load), self)
 
     def within_cutoff(self, positions: Tensor, cell: Tensor) -> AtomGraph:
         """Return the graph without the edges that are in the skin now; one exchange of positions."""
@@ -178,6 +180,7 @@ class _Options(NamedTuple):
     max_neighbors: int | None
     backend: str
     dataset: Tensor
+    headroom: float
 
     @property
     def reach(self) -> float:
@@ -217,6 +220,7 @@ def build_plan(
     dataset: Tensor | None = None,
     max_neighbors: int | None = None,
     backend: str = "auto",
+    headroom: float = 0.0,
 ) -> Plan:
     """Partition systems over ranks and build every rank's share; collective, O(N/P) memory and work per rank.
 
@@ -233,6 +237,8 @@ def build_plan(
         dataset: ``[B]`` index into the model's data sets.
         max_neighbors: see `neighbor_list`.
         backend: see `neighbor_list`.
+        headroom: spare ghosts and edges, as a part of those there are, so that shapes survive rebuilds
+            (captured and compiled code): 0.1, say.
 
     Raises:
         RankFailure: the input of some rank is unusable; raised on every rank.
@@ -241,14 +247,21 @@ def build_plan(
     with ranks.together("checking its atoms"):
         if partition != "auto" and partition not in PARTITIONERS:
             raise ValueError(f"unknown partition {partition!r}; choose one of {['auto', *PARTITIONERS]}")
-        if not (r_cut > 0 and skin >= 0):
-            raise ValueError(f"r_cut must be positive and skin not negative, got {r_cut} and {skin} A")
+        if not (r_cut > 0 and skin >= 0 and headroom >= 0):
+            raise ValueError(
+                f"r_cut must be positive, skin and headroom not negative; got {r_cut} A, {skin} A, {headroom}"
+            )
+        if max_neighbors is not None and skin > 0:
+            raise ValueError(
+                f"max_neighbors={max_neighbors} keeps those that are nearest now; a skin of {skin} A would "
+                "keep them while atoms move. Build a plan with skin=0 at every step"
+            )
         check_columns(held.columns)
         check_finite(held.positions, held.id)
     check_each_once(held.id, ranks)
     if dataset is None:
         dataset = torch.zeros(len(piece.cell), dtype=torch.int64, device=ids.device)
-    options = _Options(r_cut, skin, partition, max_neighbors, backend, dataset)
+    options = _Options(r_cut, skin, partition, max_neighbors, backend, dataset, headroom)
     return _build(held, piece, ranks, options)
 
 
@@ -264,7 +277,7 @@ def _build(held: Held, batch: AtomBatch, ranks: Ranks, options: _Options) -> Pla
         options.partition, sites, ranks.size, options.reach, ranks, lambda owner: _count_ghosts(draft, owner)
     )
     held = _migrate(held, sites, cuts, ranks)
-    return _link(held, batch, cuts, ranks, options)
+    return _with_room(_link(held, batch, cuts, ranks, options), None)
 
 
 def _sites(held: Held, batch: AtomBatch, ranks: Ranks, weight: Tensor) -> Sites:
@@ -366,10 +379,69 @@ def _edges(
         system=system[order],
         forces=torch.full_like(positions, torch.nan),
     )
-    found = neighbor_list(local, options.reach, backend=options.backend, max_neighbors=options.max_neighbors)
+    found = neighbor_list(
+        local,
+        options.reach,
+        backend=options.backend,
+        max_neighbors=options.max_neighbors,
+        targets=order < n_owned,
+    )
     source, target = order[found.edge_index]
-    mine = target < n_owned
-    return source[mine], target[mine], found.shift[mine]
+    return source, target, found.shift
+
+
+def _with_room(plan: Plan, before: Plan | None) -> Plan:
+    """Add spare ghosts and edges: as many as the plan before had, more where that is too little.
+
+    Sender and receiver know how many rows there are and how much room there was, so both find the same new
+    room without a word. Spare ghosts are copies of their owner's first atom, and no edge starts from them.
+    """
+    gp, graph, headroom = plan.gp, plan.graph, plan._options.headroom
+    if not headroom:
+        return plan
+    n_edges, device = graph.edge_index.shape[1], plan.ids.device
+    edges = _room([n_edges], [before.graph.edge_index.shape[1]] if before else [], headroom)
+    recv = _room(gp.recv_splits, before.gp.recv_splits if before else (), headroom)
+    send = _room(gp.send_splits, before.gp.send_splits if before else (), headroom)
+
+    slot = gp.n_owned + _slots(gp.recv_splits, recv, device)
+    row = torch.cat((torch.arange(gp.n_owned, device=device), slot))
+
+    def spread(column: Tensor, spare: Tensor | int) -> Tensor:
+        wide = column.new_empty(gp.n_owned + sum(recv))
+        wide[:] = spare
+        wide[row] = column
+        return wide
+
+    spare = edges[0] - n_edges
+    edge_index = torch.stack((row[graph.edge_index[0]], graph.edge_index[1]))
+    graph = replace(
+        graph,
+        numbers=spread(graph.numbers, graph.numbers[:1]),
+        system=spread(graph.system, graph.system[:1]),
+        edge_index=pad(edge_index, (0, spare), value=gp.n_owned - 1),
+        shift=pad(graph.shift, (0, 0, 0, spare)),
+        n_edges=torch.tensor(n_edges, device=device),
+    )
+    if gp.send_idx is not None:
+        send_idx = gp.send_idx.new_zeros(sum(send))
+        send_idx[_slots(gp.send_splits, send, device)] = gp.send_idx
+        gp = replace(
+            gp, n_ghost=sum(recv), send_idx=send_idx, send_splits=tuple(send), recv_splits=tuple(recv)
+        )
+    return replace(plan, graph=graph, gp=gp, ids=spread(plan.ids, -1))
+
+
+def _room(counts: Sequence[int], before: Sequence[int], headroom: float) -> list[int]:
+    """Return room for ``counts`` rows: what there was before if that is enough."""
+    there = before or [0] * len(counts)
+    return [b if n <= b else ceil(n * (1 + headroom)) for n, b in zip(counts, there, strict=True)]
+
+
+def _slots(counts: Sequence[int], room: Sequence[int], device: torch.device) -> Tensor:
+    """Return where rows that lay close together come to lie when every part gets its room."""
+    n, wide = (torch.tensor(x, dtype=torch.int64, device=device) for x in (counts, room))
+    return expand_ranges(wide.cumsum(0) - wide, n)[1]
 
 
 def _count_ghosts(plan: Plan, owner: Tensor) -> Tensor:

@@ -131,6 +131,23 @@ def test_edges_are_symmetric_sorted_and_shorter_than_the_cutoff(backend):
     assert forward == sorted(backward)
 
 
+@pytest.mark.parametrize("max_neighbors", [None, 5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_edges_of_some_targets_are_those_of_the_whole_list(backend, max_neighbors):
+    rng = np.random.default_rng(4)
+    images = [
+        Atoms("H9", rng.normal(size=(9, 3)) * 8, cell=rng.normal(size=(3, 3)) * 4, pbc=True) for _ in range(2)
+    ]
+    batch = AtomBatch.from_ase(images)
+    targets = torch.from_numpy(rng.random(18) < 0.4)
+    whole = neighbor_list(batch, 4.0, backend=backend, max_neighbors=max_neighbors)
+    some = neighbor_list(batch, 4.0, backend=backend, max_neighbors=max_neighbors, targets=targets)
+    keep = targets[whole.edge_index[1]]
+    assert 0 < keep.sum() < len(keep)
+    assert torch.equal(some.edge_index, whole.edge_index[:, keep])
+    assert torch.equal(some.shift, whole.shift[keep])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("offset", [0.0, 0.1, 1234.567])
 def test_pairs_exactly_at_the_cutoff_are_no_edges(backend, offset):

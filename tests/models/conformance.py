@@ -6,6 +6,7 @@ H, C, O, Cu and Ag.
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.md.verlet import VelocityVerlet
 from scipy.spatial.transform import Rotation
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.testing import assert_close
 
 from gnnmd.graph import AtomBatch
@@ -218,6 +220,25 @@ class Conformance:
         graph = potential.graph(batch, NeighborList(wide.edge_index, wide.shift, potential.r_cut))
         found = potential(batch.positions, graph, GPContext.single(len(batch.numbers)))
         assert_same(found, expected, 1e-12)
+
+    def test_spare_edges_contribute_nothing(self, potential):
+        """Also to gradients of the weights: compiled code keeps its shapes by such edges."""
+        atoms = crystal()
+        batch, n = AtomBatch.from_ase(atoms), len(atoms)
+        graph = potential.graph(batch)
+        spare = {"edge_index": (0, 7), "shift": (0, 0, 0, 7)}
+        wide = {key: pad(getattr(graph, key), by) for key, by in spare.items()}
+        wide["edge_index"][1, -7:] = n - 1
+        wide["n_edges"] = torch.tensor(graph.edge_index.shape[1])
+        potential = copy.deepcopy(potential).train()
+        gradients = []
+        for g in (graph, replace(graph, **wide)):
+            found = potential(batch.positions, g, GPContext.single(n))
+            loss = found.energy.sum() + found.forces.square().sum()
+            gradients.append(torch.autograd.grad(loss, potential.parameters(), allow_unused=True))
+            assert_same(found, predict(potential, atoms), 1e-12)
+        for one, other in zip(*gradients, strict=True):
+            assert_close(one, other, rtol=1e-10, atol=1e-12)
 
     def test_checkpoint_round_trip(self, potential):
         """Configuration through JSON and the state dict rebuild the same function, to the last bit."""

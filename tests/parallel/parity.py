@@ -67,7 +67,9 @@ def one_rank(potential: Potential, batch: AtomBatch) -> Answers:
     return _answers(p, potential, lambda x: x)
 
 
-def many_ranks(group, make, batch: AtomBatch, partition="auto", context="all_to_all") -> Answers:
+def many_ranks(
+    group, make, batch: AtomBatch, partition="auto", context="all_to_all", skin=0.0, headroom=0.0
+) -> Answers:
     """Return what the ranks of a group say together, on every rank; job for the worker pool."""
     ranks = Ranks(group)
     potential = make().to(ranks.device)
@@ -75,7 +77,8 @@ def many_ranks(group, make, batch: AtomBatch, partition="auto", context="all_to_
     batch = batch.to(ranks.device)
     piece, ids = share_of(batch, ranks)
     limit = potential.backbone.max_neighbors
-    plan = build_plan(piece, ids, potential.r_cut, ranks, partition=partition, max_neighbors=limit)
+    options = {"partition": partition, "skin": skin, "headroom": headroom}
+    plan = build_plan(piece, ids, potential.r_cut, ranks, max_neighbors=limit, **options)
     kind = CONTEXTS[context]
     gp = kind.like(plan.gp) if kind is AllGatherContext else _as(kind, plan.gp)
     p = potential(plan.positions, plan.graph, gp)

@@ -75,6 +75,14 @@ def test_a_limited_number_of_neighbors_chooses_the_same_ones(pool):
     check(pool, 3, limited_neighbors, "unwrapped")
 
 
+@pytest.mark.parametrize("context", ["all_to_all", "all_gather"])
+def test_edges_of_the_skin_and_spare_rows_change_nothing(pool, context):
+    batch = structure("unwrapped")
+    expected = one_rank(conservative(), batch)
+    for found in pool.run(3, many_ranks, conservative, batch, "auto", context, 0.5, 0.2, timeout=120):
+        assert max(deviations(found, expected).values()) < 1e-10, deviations(found, expected)
+
+
 def test_all_gather_gives_the_same_network(pool):
     check(pool, 3, conservative, "unwrapped", "all_gather")
 

@@ -116,6 +116,53 @@ def test_energy_and_forces_stay_exact_while_atoms_move_and_the_cell_changes(pool
         assert moved_home < rebuilt  # ownership outlives most rebuilds
 
 
+def shapes_of(plan) -> tuple:
+    return plan.graph.edge_index.shape[1], plan.gp.n_ghost, plan.gp.send_splits, plan.gp.recv_splits
+
+
+def walk_with_room(group, batch: AtomBatch, headroom: float, step: float) -> tuple[list[float], int, bool]:
+    """Rebuild at every step; return errors against one rank, the number of shapes, and whether all had room."""
+    rng = torch.Generator().manual_seed(0)
+    potential = emt().eval()
+    plan = plan_of(group, batch, headroom=headroom, skin=0.3)
+    x, errors, shapes, roomy = batch.positions, [], set(), True
+    for _ in range(6):
+        x = x + step * torch.randn(x.shape, generator=rng, dtype=x.dtype)
+        plan = plan.rebuild(x[plan.ids[: plan.gp.n_owned]], batch.cell)
+        shapes.add(shapes_of(plan))
+        roomy &= bool(plan.graph.n_edges <= plan.graph.edge_index.shape[1]) if headroom else True
+        mine = x[plan.ids[: plan.gp.n_owned]]
+        energy, forces = single_energy(replace(batch, positions=x))
+        for graph in (plan.graph, plan.within_cutoff(mine, batch.cell)):  # with and without spare edges
+            p = potential(mine, graph, plan.gp)
+            errors.append(float((plan.gather_owned(p.forces) - forces).abs().max()))
+            errors.append(float((p.energy - energy).abs().max()))
+    return errors, len(shapes), roomy
+
+
+def test_shapes_survive_rebuilds_where_there_is_room(pool):
+    batch = structure("unwrapped")
+    for errors, n_shapes, roomy in pool.run(3, walk_with_room, batch, 0.2, 0.03):
+        assert max(errors) < 1e-9
+        assert n_shapes == 1
+        assert roomy
+    without = pool.run(3, walk_with_room, batch, 0.0, 0.03)
+    assert max(n_shapes for _, n_shapes, _ in without) > 1
+
+
+def test_what_does_not_fit_gets_more_room_and_no_edge_is_dropped(pool):
+    """Neighbour capacity exceeded: the fault is to go on with what fits."""
+    found = pool.run(3, walk_with_room, structure("unwrapped"), 1e-3, 0.3)
+    assert max(max(errors) for errors, _, _ in found) < 1e-9
+    assert max(n_shapes for _, n_shapes, _ in found) > 1
+    assert all(roomy for _, _, roomy in found)
+
+
+def test_nearest_neighbours_cannot_be_kept_while_atoms_move():
+    with pytest.raises(ValueError, match="skin=0"):
+        plan_of(None, structure("unwrapped"), skin=0.5, max_neighbors=20)
+
+
 def drift_apart(group) -> tuple[float, float]:
     """Mix the atoms of a rod completely: keeping the owners would make everyone everybody's ghost."""
     atoms = bulk("Ag", "fcc", a=4.09, cubic=True) * (1, 2, 16)
