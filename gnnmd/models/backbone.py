@@ -16,7 +16,8 @@ class Backbone(nn.Module):
     """Message passing on owned + ghost atoms; subclasses are the models.
 
     A model provides `edge_basis`, `embed`, the `blocks` and the final `norm`. Blocks take owned + ghost rows
-    and return owned rows; they never see a rank.
+    and return owned rows; they never see a rank. What edges and angles carry is in the basis: they belong to
+    owned atoms and never travel, so a block may return another basis for the next one.
 
     Attributes:
         r_cut: cutoff, Angstrom.
@@ -27,7 +28,7 @@ class Backbone(nn.Module):
             discontinuous).
         edge_chunk: edges that are processed at a time; None = all. A smaller number costs a recomputation in
             the backward pass and bounds the memory. May be set at any time.
-        blocks: modules with the signature ``block(h_all, basis, g, n_owned) -> h_owned``.
+        blocks: modules with the signature ``block(h_all, basis, g, n_owned) -> (h_owned, basis)``.
         norm: module applied to the last owned rows.
     """
 
@@ -41,7 +42,7 @@ class Backbone(nn.Module):
     norm: nn.Module
 
     def edge_basis(self, g: AtomGraph, n_owned: int, system_sum: SystemSum) -> Any:
-        """Return everything that all blocks read and no block changes (basis, rotations, embeddings)."""
+        """Return what the first block reads besides rows of atoms (distances, rotations, edge features)."""
         raise NotImplementedError
 
     def embed(self, g: AtomGraph, basis: Any) -> Tensor:
@@ -62,7 +63,7 @@ class Backbone(nn.Module):
         basis = self.edge_basis(g, gp.n_owned, system_sum)
         h_all = self.embed(g, basis)
         for i, block in enumerate(self.blocks):
-            h = block(h_all, basis, g, gp.n_owned)
+            h, basis = block(h_all, basis, g, gp.n_owned)
             h = self.after_block(i, h, g, system_sum)
             if i + 1 < len(self.blocks):
                 h_all = gp.exchange(h)  # the one line that knows others exist

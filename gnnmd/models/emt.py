@@ -82,7 +82,7 @@ class _AtomInMedium(nn.Module):
         super().__init__()
         self.window = window
 
-    def forward(self, parameters: Tensor, r: Tensor, g: AtomGraph, n_owned: int) -> Tensor:
+    def forward(self, parameters: Tensor, r: Tensor, g: AtomGraph, n_owned: int) -> tuple[Tensor, Tensor]:
         """Return the energies of the owned atoms, ``[n_owned, 1, 1]`` eV."""
         source, target = g.edge_index
         inside = r < self.window.r_cut  # edges in the skin contribute exactly zero
@@ -106,7 +106,7 @@ class _AtomInMedium(nn.Module):
         ds = -torch.log(torch.where(bound, sigma1, 1.0) / (12 * gamma1)) / (BETA * eta2)
         embedding = e0 * (1 + lam * ds) * torch.exp(-lam * ds) + 6 * v0 * torch.exp(-kappa * ds)
         energy = torch.where(bound, embedding, 0.0) - 0.25 * sum_edges(pair) - e0
-        return energy[:, None, None]
+        return energy[:, None, None], r
 
     def _gammas(self, s0: Tensor, eta2: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the first three shells of fcc that normalise the densities, ``[n]`` each."""

@@ -373,9 +373,11 @@ class EdgeDegreeBlock(nn.Module):
         super().__init__()
         self.edge_degree = EdgeDegree(config)
 
-    def forward(self, h_all: Tensor, basis: EscnBasis, g: AtomGraph, n_owned: int) -> Tensor:
+    def forward(
+        self, h_all: Tensor, basis: EscnBasis, g: AtomGraph, n_owned: int
+    ) -> tuple[Tensor, EscnBasis]:
         """Map ``[n_all, S, C]`` to ``[n_owned, S, C]``."""
-        return h_all[:n_owned] + self.edge_degree(h_all, basis)
+        return h_all[:n_owned] + self.edge_degree(h_all, basis), basis
 
 
 class EscnBlock(nn.Module):
@@ -390,12 +392,14 @@ class EscnBlock(nn.Module):
         feed_forward = SpectralFeedForward if config.feed_forward == "spectral" else GridFeedForward
         self.feed_forward = feed_forward(config, experts[3])
 
-    def forward(self, h_all: Tensor, basis: EscnBasis, g: AtomGraph, n_owned: int) -> Tensor:
+    def forward(
+        self, h_all: Tensor, basis: EscnBasis, g: AtomGraph, n_owned: int
+    ) -> tuple[Tensor, EscnBasis]:
         """Map ``[n_all, S, C]`` to ``[n_owned, S, C]``."""
         x = self.norm_1(h_all)
         x[:, 0] += basis.system.index_select(0, g.system)
         h = h_all[:n_owned] + self.edge_convolution(x, basis)
-        return h + self.feed_forward(self.norm_2(h), basis.routing)
+        return h + self.feed_forward(self.norm_2(h), basis.routing), basis
 
 
 class EscnMD(Backbone):

@@ -121,7 +121,7 @@ def shapes_of(plan) -> tuple:
 
 
 def walk_with_room(group, batch: AtomBatch, headroom: float, step: float) -> tuple[list[float], int, bool]:
-    """Rebuild at every step; return errors against one rank, the number of shapes, and whether all had room."""
+    """Rebuild at every step; return errors against one rank, number of shapes, whether all had room."""
     rng = torch.Generator().manual_seed(0)
     potential = emt().eval()
     plan = plan_of(group, batch, headroom=headroom, skin=0.3)
