@@ -26,6 +26,8 @@ class Backbone(nn.Module):
         spin_range: smallest and largest spin multiplicity it can embed; None = any.
         max_neighbors: neighbours kept per atom, nearest first; None = all (a limit makes the energy
             discontinuous).
+        exchange_cut: blocks after the first read neighbours nearer than this only, Angstrom; None = `r_cut`.
+            Their rows come first in what these blocks get; rows of farther ghosts are missing.
         edge_chunk: edges that are processed at a time; None = all. A smaller number costs a recomputation in
             the backward pass and bounds the memory. May be set at any time.
         blocks: modules with the signature ``block(h_all, basis, g, n_owned) -> (h_owned, basis)``.
@@ -37,6 +39,7 @@ class Backbone(nn.Module):
     charge_range: tuple[int, int] | None = None
     spin_range: tuple[int, int] | None = None
     max_neighbors: int | None = None
+    exchange_cut: float | None = None
     edge_chunk: int | None = None
     blocks: nn.ModuleList
     norm: nn.Module
@@ -66,5 +69,5 @@ class Backbone(nn.Module):
             h, basis = block(h_all, basis, g, gp.n_owned)
             h = self.after_block(i, h, g, system_sum)
             if i + 1 < len(self.blocks):
-                h_all = gp.exchange(h)  # the one line that knows others exist
+                h_all = gp.between_layers.exchange(h)  # the one line that knows others exist
         return self.norm(h)

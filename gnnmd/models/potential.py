@@ -152,9 +152,7 @@ class Potential(Float64Buffers):
         Raises:
             ValueError: an element, charge, spin or data set the model does not know, or another cutoff.
         """
-        self._check(batch)
-        names = [self.dataset_name(name) for name in batch.dataset]
-        indices = [self.datasets.index(name) if name else 0 for name in names]
+        dataset = self.dataset_index(batch)
         if neighbors is None:
             limit = self.backbone.max_neighbors
             neighbors = neighbor_list(batch, self.r_cut, backend=backend, max_neighbors=limit)
@@ -172,8 +170,21 @@ class Potential(Float64Buffers):
             n_atoms=batch.n_atoms,
             charge=batch.charge,
             spin=batch.spin,
-            dataset=torch.tensor(indices, dtype=torch.int64).to(batch.numbers.device),
+            dataset=dataset,
         )
+
+    def dataset_index(self, batch: AtomBatch) -> Tensor:
+        """Return ``[B]`` int64, the data set of every system as the model counts them.
+
+        Checks first that the model can describe the batch, for callers that build its graph themselves.
+
+        Raises:
+            ValueError: an element, charge, spin or data set the model does not know.
+        """
+        self._check(batch)
+        names = [self.dataset_name(name) for name in batch.dataset]
+        indices = [self.datasets.index(name) if name else 0 for name in names]
+        return torch.tensor(indices, dtype=torch.int64).to(batch.numbers.device)
 
     def forward(
         self, pos: Tensor, g: AtomGraph, gp: GPContext, *, stress: bool = True, descriptors: bool = False

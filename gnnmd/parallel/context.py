@@ -28,12 +28,16 @@ class GPContext:
     Attributes:
         n_owned: number of atoms this rank owns; rows ``[:n_owned]`` of every per-atom tensor.
         n_ghost: number of copies of other ranks' atoms that this rank's edges read; rows ``[n_owned:]``,
-            ordered by the rank that owns them.
+            ordered by the rank that owns them unless there is a `recv_idx`.
         send_idx: ``[sum(send_splits)]`` int64, owned rows that others copy, ordered by receiver; None on one
             rank.
         send_splits: how many rows each rank of the group receives from this one.
         recv_splits: how many rows each rank of the group sends to this one; they sum to ``n_ghost``.
         group: the ranks that share the graph; None on one rank.
+        recv_idx: ``[n_ghost]`` int64 permutation, ghost number of each received row; None if they arrive in
+            the ghosts' order.
+        near: the context of the ghosts that come first because they are near enough for what happens
+            between layers; None if that needs all of them.
     """
 
     n_owned: int
@@ -42,6 +46,8 @@ class GPContext:
     send_splits: tuple[int, ...] = ()
     recv_splits: tuple[int, ...] = ()
     group: dist.ProcessGroup | None = None
+    recv_idx: Tensor | None = None
+    near: "GPContext | None" = None
 
     def __post_init__(self) -> None:
         """Refuse contradictory split tables: inside a collective they would kill the other ranks."""
@@ -71,6 +77,11 @@ class GPContext:
     def single(cls, n_atoms: int) -> "GPContext":
         """Return the context of one rank that owns every atom."""
         return cls(n_owned=n_atoms)
+
+    @property
+    def between_layers(self) -> "GPContext":
+        """The context through which layers exchange their features."""
+        return self if self.near is None else self.near
 
     def exchange(self, owned: Tensor) -> Tensor:
         """Append the ghosts' rows: ``[n_owned, ...] -> [n_owned + n_ghost, ...]``.
@@ -105,6 +116,14 @@ class GPContext:
         """
         return partial if self.group is None else sum_shared(partial, self.group)
 
+    def ghost_owners(self) -> Tensor:
+        """Return ``[n_ghost]`` int64, the rank that owns each ghost."""
+        device = None if self.send_idx is None else self.send_idx.device
+        owner = torch.repeat_interleave(torch.tensor(self.recv_splits or [0], device=device))
+        return (
+            owner if self.recv_idx is None else torch.empty_like(owner).index_copy_(0, self.recv_idx, owner)
+        )
+
     def fetch(self, owned: Tensor) -> Flight:
         """Start sending owned rows to their copies (see `Route`); not differentiable."""
         assert self.send_idx is not None
@@ -113,13 +132,18 @@ class GPContext:
         work = dist.all_to_all_single(
             ghosts, packed, self.recv_splits, self.send_splits, group=self.group, async_op=True
         )
-        return Flight(work, lambda: ghosts)
+        place = self.recv_idx
+        if place is None:
+            return Flight(work, lambda: ghosts)
+        return Flight(work, lambda: torch.empty_like(ghosts).index_copy_(0, place, ghosts))
 
     def give_back(self, ghosts: Tensor) -> Flight:
         """Start sending ghosts' rows home, where they are added (see `Route`); not differentiable."""
         assert self.send_idx is not None
         index = self.send_idx
         packed = ghosts.new_empty(len(index), *ghosts.shape[1:])
+        if self.recv_idx is not None:
+            ghosts = ghosts.index_select(0, self.recv_idx)
 
         def add() -> Tensor:
             return ghosts.new_zeros(self.n_owned, *ghosts.shape[1:]).index_add(0, index, packed)
@@ -160,7 +184,6 @@ class AllGatherContext(GPContext):
         capacity = torch.tensor(gp.n_owned, device=device)
         dist.all_reduce(capacity, dist.ReduceOp.MAX, group=gp.group)
         row = gp.exchange(torch.arange(gp.n_owned, device=device))[gp.n_owned :]
-        owner = torch.repeat_interleave(torch.tensor(gp.recv_splits, device=device))
         return cls(
             n_owned=gp.n_owned,
             n_ghost=gp.n_ghost,
@@ -169,7 +192,8 @@ class AllGatherContext(GPContext):
             recv_splits=gp.recv_splits,
             group=gp.group,
             capacity=int(capacity),
-            ghost_idx=owner * int(capacity) + row,
+            ghost_idx=gp.ghost_owners() * int(capacity) + row,
+            near=None if gp.near is None else cls.like(gp.near),
         )
 
     def fetch(self, owned: Tensor) -> Flight:

@@ -62,14 +62,13 @@ def check_share(graph: AtomGraph, gp: GPContext, ids: Tensor, ranks: Ranks, *, s
     """
     n_owned, device = gp.n_owned, ids.device
     check_each_once(ids[:n_owned], ranks)
-    arrived = gp.exchange(ids[:n_owned])
+    arrived, near = gp.exchange(ids[:n_owned]), gp.between_layers.exchange(ids[:n_owned])
     source, target = graph.edge_index
-    recv_splits = torch.tensor(gp.recv_splits or [0], device=device)
-    owner = torch.cat((ids.new_full((n_owned,), ranks.rank), torch.repeat_interleave(recv_splits)))
+    owner = torch.cat((ids.new_full((n_owned,), ranks.rank), gp.ghost_owners().to(device)))
     inward = torch.bincount(owner[source], minlength=ranks.size)
     outward = ranks.send_counts(inward)
     with ranks.together("checking its plan"):
-        if not torch.equal(arrived, ids):
+        if not (torch.equal(arrived, ids) and torch.equal(near, ids[: len(near)])):
             raise ValueError("ghosts receive other atoms' rows than those they are copies of")
         if len(torch.unique(ids)) != len(ids):
             raise ValueError("an atom is owned and a ghost, or a ghost twice, on the same rank")

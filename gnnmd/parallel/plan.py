@@ -6,12 +6,11 @@ from math import ceil
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
 from gnnmd.graph.atoms import AtomBatch
-from gnnmd.graph.geometry import complete_cell, edge_vectors
+from gnnmd.graph.geometry import complete_cell, edge_vectors, pair_distances
 from gnnmd.graph.graph import AtomGraph
 from gnnmd.graph.neighbors import neighbor_list
 from gnnmd.parallel.accounting import copies
@@ -20,7 +19,7 @@ from gnnmd.parallel.guards import check_columns, check_each_once, check_finite, 
 from gnnmd.parallel.halo import expand_ranges, halo_receivers
 from gnnmd.parallel.morton import morton_keys
 from gnnmd.parallel.partition import PARTITIONERS, Cuts, choose, morton
-from gnnmd.parallel.ranks import Ranks
+from gnnmd.parallel.ranks import Ranks, all_gather_rows
 from gnnmd.parallel.sites import Sites, find_box
 
 #: A rebuild keeps every atom where it is until the largest number of ghosts or edges has grown by this
@@ -167,8 +166,8 @@ class Plan:
         padded[: len(ids)] = owned
         all_ids = ids.new_empty(self.ranks.size * capacity)
         rows = owned.new_empty(self.ranks.size * capacity, *owned.shape[1:])
-        dist.all_gather_into_tensor(all_ids, padded_ids, group=group)
-        dist.all_gather_into_tensor(rows, padded, group=group)
+        all_gather_rows(all_ids, padded_ids, group=group)
+        all_gather_rows(rows, padded, group=group)
         everything[all_ids[all_ids >= 0]] = rows[all_ids >= 0]
         return everything
 
@@ -176,6 +175,7 @@ class Plan:
 class _Options(NamedTuple):
     r_cut: float
     skin: float
+    near: float | None
     partition: str
     max_neighbors: int | None
     backend: str
@@ -215,6 +215,7 @@ def build_plan(
     ranks: Ranks,
     *,
     skin: float = 0.0,
+    near: float | None = None,
     partition: str = "auto",
     carried: tuple[Tensor, ...] = (),
     dataset: Tensor | None = None,
@@ -231,6 +232,8 @@ def build_plan(
         r_cut: cutoff, Angstrom.
         ranks: who shares the systems.
         skin: how much farther edges are listed so that the plan survives motion, Angstrom.
+        near: ghosts nearer than this (plus the skin) come first and are all that layers exchange, Angstrom;
+            see `Backbone.exchange_cut`. None is the cutoff.
         partition: "auto" (counts the ghosts of several and takes the best), "bisection", "bricks", "morton",
             "index".
         carried: per-atom rows ``[n, ...]`` that travel with the atoms.
@@ -261,7 +264,7 @@ def build_plan(
     check_each_once(held.id, ranks)
     if dataset is None:
         dataset = torch.zeros(len(piece.cell), dtype=torch.int64, device=ids.device)
-    options = _Options(r_cut, skin, partition, max_neighbors, backend, dataset, headroom)
+    options = _Options(r_cut, skin, near, partition, max_neighbors, backend, dataset, headroom)
     return _build(held, piece, ranks, options)
 
 
@@ -310,20 +313,23 @@ def _link(held: Held, batch: AtomBatch, cuts: Cuts, ranks: Ranks, options: _Opti
         ids, numbers, system = (
             torch.cat((mine, other)) for mine, other in zip(held.columns[:3], whole.unbind(1), strict=True)
         )
-        source, target, shift = _edges(
-            n_owned, numbers, system, torch.cat((held.positions, positions)), batch, options
-        )
+        positions = torch.cat((held.positions, positions))
+        source, target, shift = _edges(n_owned, numbers, system, positions, batch, options)
 
-    # Ghosts are the halo atoms that an edge starts from; they stay ordered by owner.
-    is_ghost = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    is_ghost[source] = True
-    is_ghost[:n_owned] = False
-    ghosts = is_ghost.nonzero()[:, 0]
+    # Ghosts are the halo atoms that an edge starts from, ordered by owner; those near come before the others.
+    kind = torch.zeros(len(ids), dtype=torch.int8, device=ids.device)
+    kind[source] = 1
+    if options.near is not None:
+        distance = pair_distances(positions, batch.cell, system, target, source, shift)
+        kind[source[distance < options.near + options.skin]] = 2
+    kind[:n_owned] = 0
+    parts = [(kind == k).nonzero()[:, 0] for k in (2, 1)]
+    ghosts = torch.cat(parts)
     new_row = torch.arange(len(ids), device=ids.device)
     new_row[ghosts] = n_owned + torch.arange(len(ghosts), device=ids.device)
-    halo = ghosts - n_owned
-    (send_idx,), send_counts = ranks.send_rows((row[halo],), owner[halo])
-    recv_counts = torch.bincount(owner[halo], minlength=ranks.size)
+    gp = _context(n_owned, ghosts - n_owned, row, owner, ranks)
+    if options.near is not None:
+        gp = replace(gp, near=_context(n_owned, parts[0] - n_owned, row, owner, ranks))
 
     kept = torch.cat((torch.arange(n_owned, device=ids.device), ghosts))
     n_systems = len(batch.cell)
@@ -337,15 +343,6 @@ def _link(held: Held, batch: AtomBatch, cuts: Cuts, ranks: Ranks, options: _Opti
         charge=batch.charge,
         spin=batch.spin,
         dataset=options.dataset,
-    )
-    alone = ranks.group is None
-    gp = GPContext(
-        n_owned=n_owned,
-        n_ghost=len(ghosts),
-        send_idx=None if alone else send_idx,
-        send_splits=() if alone else tuple(send_counts.tolist()),
-        recv_splits=() if alone else tuple(recv_counts.tolist()),
-        group=ranks.group,
     )
     check_share(graph, gp, ids[kept], ranks, symmetric=options.max_neighbors is None)
     return Plan(
@@ -361,6 +358,32 @@ def _link(held: Held, batch: AtomBatch, cuts: Cuts, ranks: Ranks, options: _Opti
         _batch=batch,
         _options=options,
         _load=ranks.max(torch.tensor([len(ghosts), len(source)], device=ids.device)),
+    )
+
+
+def _context(n_owned: int, halo: Tensor, row: Tensor, owner: Tensor, ranks: Ranks) -> GPContext:
+    """Tell the owners of some halo atoms to send their rows from now on.
+
+    Args:
+        n_owned: atoms of this rank.
+        halo: ``[n_ghost]`` which atoms of the halo, in the order that their rows shall have.
+        row: ``[H]`` row of every halo atom at its owner.
+        owner: ``[H]`` its owner.
+        ranks: who shares the systems.
+    """
+    if ranks.group is None:
+        return GPContext.single(n_owned)
+    (send_idx,), send_counts = ranks.send_rows((row[halo],), owner[halo])
+    order = torch.argsort(owner[halo], stable=True)  # in which they arrive
+    in_order = torch.equal(order, torch.arange(len(order), device=order.device))
+    return GPContext(
+        n_owned=n_owned,
+        n_ghost=len(halo),
+        send_idx=send_idx,
+        send_splits=tuple(send_counts.tolist()),
+        recv_splits=tuple(torch.bincount(owner[halo], minlength=ranks.size).tolist()),
+        group=ranks.group,
+        recv_idx=None if in_order else order,
     )
 
 
@@ -401,11 +424,10 @@ def _with_room(plan: Plan, before: Plan | None) -> Plan:
         return plan
     n_edges, device = graph.edge_index.shape[1], plan.ids.device
     edges = _room([n_edges], [before.graph.edge_index.shape[1]] if before else [], headroom)
-    recv = _room(gp.recv_splits, before.gp.recv_splits if before else (), headroom)
-    send = _room(gp.send_splits, before.gp.send_splits if before else (), headroom)
-
-    slot = gp.n_owned + _slots(gp.recv_splits, recv, device)
-    row = torch.cat((torch.arange(gp.n_owned, device=device), slot))
+    received, sent = _sections(gp)
+    received_before, sent_before = _sections(before.gp) if before else ([], [])
+    recv, send = _room(received, received_before, headroom), _room(sent, sent_before, headroom)
+    row = torch.cat((torch.arange(gp.n_owned, device=device), gp.n_owned + _slots(received, recv, device)))
 
     def spread(column: Tensor, spare: Tensor | int) -> Tensor:
         wide = column.new_empty(gp.n_owned + sum(recv))
@@ -423,13 +445,50 @@ def _with_room(plan: Plan, before: Plan | None) -> Plan:
         shift=pad(graph.shift, (0, 0, 0, spare)),
         n_edges=torch.tensor(n_edges, device=device),
     )
-    if gp.send_idx is not None:
-        send_idx = gp.send_idx.new_zeros(sum(send))
-        send_idx[_slots(gp.send_splits, send, device)] = gp.send_idx
-        gp = replace(
-            gp, n_ghost=sum(recv), send_idx=send_idx, send_splits=tuple(send), recv_splits=tuple(recv)
+    ids = spread(plan.ids, -1)
+    return replace(plan, graph=graph, gp=_roomy_context(gp, sent, send, recv), ids=ids)
+
+
+def _sections(gp: GPContext) -> tuple[list[int], list[int]]:
+    """Return how many rows come from and go to each rank: first the near ones of all, then the rest."""
+    near = gp if gp.near is None else gp.near
+    sections = []
+    for all_of_them, first in ((gp.recv_splits, near.recv_splits), (gp.send_splits, near.send_splits)):
+        sections.append([*first, *(n - k for n, k in zip(all_of_them, first, strict=True))])
+    return sections[0], sections[1]
+
+
+def _roomy_context(gp: GPContext, sent: list[int], send: list[int], recv: list[int]) -> GPContext:
+    """Return a context whose sections (see `_sections`) have the given room."""
+    if gp.send_idx is None:
+        return gp
+    device, size = gp.send_idx.device, len(gp.recv_splits)
+    # On the wire, a rank's near rows come before its others.
+    on_wire = [section for rank in range(size) for section in (rank, size + rank)]
+
+    def roomy(context: GPContext, sections: list[int]) -> GPContext:
+        assert context.send_idx is not None
+        there, room = [sent[i] for i in sections], [send[i] for i in sections]
+        send_idx = context.send_idx.new_zeros(sum(room))
+        send_idx[_slots(there, room, device)] = context.send_idx
+        return replace(
+            context,
+            n_ghost=sum(recv[i] for i in sections),
+            send_idx=send_idx,
+            send_splits=tuple(sum(send[i] for i in sections if i % size == rank) for rank in range(size)),
+            recv_splits=tuple(sum(recv[i] for i in sections if i % size == rank) for rank in range(size)),
         )
-    return replace(plan, graph=graph, gp=gp, ids=spread(plan.ids, -1))
+
+    wide = roomy(gp, on_wire)
+    if gp.near is None:
+        return wide
+    room = torch.tensor(recv, device=device)
+    start = room.cumsum(0) - room
+    return replace(
+        wide,
+        recv_idx=expand_ranges(start[on_wire], room[on_wire])[1],
+        near=roomy(gp.near, list(range(size))),
+    )
 
 
 def _room(counts: Sequence[int], before: Sequence[int], headroom: float) -> list[int]:

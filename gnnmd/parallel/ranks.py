@@ -3,10 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
+
+#: torch 2.13 renamed it and warns about the old name.
+all_gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class RankFailure(RuntimeError):
@@ -58,6 +64,14 @@ class Ranks:
         total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, op, group=self.group)
         return total
+
+    def from_first(self, value: T) -> T:
+        """Return rank 0's value, an object that can be pickled, on every rank."""
+        if self.group is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group=self.group, group_src=0, device=self.device)
+        return values[0]
 
     def send_counts(self, counts: Tensor) -> Tensor:
         """Tell every rank how many rows it will get: ``[P]`` int64 to each -> ``[P]`` from each."""

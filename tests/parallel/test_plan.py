@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gnnmd.graph import AtomBatch
 from gnnmd.graph.geometry import edge_vectors
 from gnnmd.models.emt import emt
-from gnnmd.parallel import GPContext, RankFailure, Ranks, build_plan, share_of
+from gnnmd.parallel import AllGatherContext, GPContext, RankFailure, Ranks, build_plan, share_of
 from gnnmd.parallel.guards import check_share
 from tests.parallel.structures import structure
 
@@ -156,6 +156,39 @@ def test_what_does_not_fit_gets_more_room_and_no_edge_is_dropped(pool):
     assert max(max(errors) for errors, _, _ in found) < 1e-9
     assert max(n_shapes for _, n_shapes, _ in found) > 1
     assert all(roomy for _, _, roomy in found)
+
+
+def exchange_near(group, batch: AtomBatch, headroom: float) -> list[float]:
+    """Return what is wrong with the two exchanges of a plan whose layers read near neighbours only."""
+    plan = plan_of(group, batch, near=3.4, headroom=headroom, skin=0.2)
+    rng = torch.Generator().manual_seed(0)
+    mine = plan.ids[: plan.gp.n_owned]
+    plan = plan.rebuild(batch.positions[mine] + 0.01, batch.cell)
+    mine = plan.ids[: plan.gp.n_owned]
+    x = torch.randn(len(batch.numbers), 3, generator=rng, dtype=torch.float64)
+    known = plan.ids >= 0  # not a spare row
+    errors = []
+    for gp in (plan.gp, plan.gp.between_layers, AllGatherContext.like(plan.gp).between_layers):
+        rows = gp.exchange(x[mine].requires_grad_())
+        n = len(rows)
+        errors.append(float((rows - x[plan.ids[:n]])[known[:n]].abs().sum()))
+        # The backward pass is the transpose: <exchange(x), y> = <x, transpose(y)>, summed over ranks.
+        y = torch.randn(n, 3, generator=rng, dtype=torch.float64) * known[:n, None]
+        owned = x[mine].requires_grad_()
+        product = (gp.exchange(owned) * y).sum()
+        transposed = (torch.autograd.grad(product, owned)[0] * owned).sum()
+        errors.append(float(plan.ranks.sum((product - transposed).detach()).abs()))
+    g = plan.graph.with_positions(plan.gp.exchange(batch.positions[mine] + 0.01), batch.cell)
+    source = g.edge_index[0][edge_vectors(g).norm(dim=1) < 3.4]
+    errors.append(float((source >= n).sum()))
+    errors.append(float(plan.gp.n_ghost <= plan.gp.between_layers.n_ghost))
+    return errors
+
+
+@pytest.mark.parametrize("headroom", [0.0, 0.3])
+def test_layers_that_read_near_neighbours_exchange_only_these(pool, headroom):
+    for errors in pool.run(3, exchange_near, structure("unwrapped"), headroom):
+        assert max(errors) < 1e-10, errors
 
 
 def test_nearest_neighbours_cannot_be_kept_while_atoms_move():
