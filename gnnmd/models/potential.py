@@ -15,7 +15,7 @@ from gnnmd.graph.graph import AtomGraph
 from gnnmd.graph.neighbors import NeighborList, neighbor_list
 from gnnmd.models.backbone import Backbone
 from gnnmd.nn.float64 import Float64Buffers
-from gnnmd.parallel import GPContext
+from gnnmd.parallel import GPContext, Plan, Ranks, build_plan, share_of
 
 #: Rows of `Potential.element_energies`: one per atomic number, row 0 unused.
 N_ELEMENTS = 119
@@ -171,6 +171,35 @@ class Potential(Float64Buffers):
             charge=batch.charge,
             spin=batch.spin,
             dataset=dataset,
+        )
+
+    def plan(
+        self, batch: AtomBatch, ranks: Ranks, *, carried: tuple[Tensor, ...] = (), **options: Any
+    ) -> Plan:
+        """Divide a batch that every rank was given; the counterpart of `graph` for many ranks. Collective.
+
+        Args:
+            batch: one or many systems, on the device of the ranks.
+            ranks: who shares it.
+            carried: per-atom rows ``[N, ...]`` of the batch (labels) that travel with the atoms.
+            **options: of `build_plan`: skin, partition, headroom, backend.
+
+        Raises:
+            ValueError: an element, charge, spin or data set the model does not know.
+            RankFailure: the plan cannot be made.
+        """
+        dataset = self.dataset_index(batch)
+        piece, ids = share_of(batch, ranks)
+        return build_plan(
+            piece,
+            ids,
+            self.r_cut,
+            ranks,
+            near=self.backbone.exchange_cut,
+            max_neighbors=self.backbone.max_neighbors,
+            dataset=dataset,
+            carried=tuple(column[ids] for column in carried),
+            **options,
         )
 
     def dataset_index(self, batch: AtomBatch) -> Tensor:

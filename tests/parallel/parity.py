@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from gnnmd.graph import AtomBatch
 from gnnmd.models.potential import Potential
-from gnnmd.parallel import AllGatherContext, GPContext, Ranks, build_plan, share_of
+from gnnmd.parallel import AllGatherContext, GPContext, Ranks
 from gnnmd.parallel.exchange import exchange_rows, sum_shared
 
 Answers = dict[str, torch.Tensor]
@@ -75,10 +75,7 @@ def many_ranks(
     potential = make().to(ranks.device)
     potential.train()
     batch = batch.to(ranks.device)
-    piece, ids = share_of(batch, ranks)
-    limit = potential.backbone.max_neighbors
-    options = {"partition": partition, "skin": skin, "headroom": headroom}
-    plan = build_plan(piece, ids, potential.r_cut, ranks, max_neighbors=limit, **options)
+    plan = potential.plan(batch, ranks, partition=partition, skin=skin, headroom=headroom)
     kind = CONTEXTS[context]
     gp = kind.like(plan.gp) if kind is AllGatherContext else _as(kind, plan.gp)
     p = potential(plan.positions, plan.graph, gp)
