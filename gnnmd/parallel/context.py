@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gnnmd.parallel.exchange import Flight, Pending, exchange_rows, sum_ranks, sum_shared
+from gnnmd.parallel.ranks import all_gather_rows, reduce_scatter_rows
 
 
 class PendingRows(Protocol):
@@ -204,7 +205,7 @@ class AllGatherContext(GPContext):
         mine = owned.new_zeros(self.capacity, *owned.shape[1:])
         mine[: self.n_owned] = owned
         rows = owned.new_empty(self.group.size() * self.capacity, *owned.shape[1:])
-        work = dist.all_gather_into_tensor(rows, mine, group=self.group, async_op=True)
+        work = all_gather_rows(rows, mine, group=self.group, async_op=True)
         return Flight(work, lambda: rows.index_select(0, index))
 
     def give_back(self, ghosts: Tensor) -> Flight:
@@ -214,7 +215,7 @@ class AllGatherContext(GPContext):
         rows = ghosts.new_zeros(self.group.size() * self.capacity, *ghosts.shape[1:])
         rows.index_add_(0, self.ghost_idx, ghosts)
         mine = ghosts.new_empty(self.capacity, *ghosts.shape[1:])
-        work = dist.reduce_scatter_tensor(mine, rows, group=self.group, async_op=True)
+        work = reduce_scatter_rows(mine, rows, group=self.group, async_op=True)
         return Flight(work, lambda: mine[: self.n_owned])
 
 

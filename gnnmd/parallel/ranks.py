@@ -11,8 +11,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-#: torch 2.13 renamed it and warns about the old name.
+#: torch 2.13 renamed these two and warns about the old names.
 all_gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_rows = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class RankFailure(RuntimeError):
