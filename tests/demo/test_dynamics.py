@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
+from ase import units
 from ase.calculators.emt import EMT
+from ase.md.verlet import VelocityVerlet
 
+from gnnmd import GNNMDCalculator, InferenceSettings
 from gnnmd.demo.dynamics import EnergyTrace, constant_energy, constant_temperature, crystal, peak
 
 
@@ -46,3 +49,15 @@ def test_first_shell_of_a_crystal_holds_twelve_neighbours():
     density = len(last) / last.get_volume()
     assert np.trapezoid(4 * np.pi * density * (r**2 * g)[shell], r[shell]) == pytest.approx(12, abs=0.2)
     assert 150 < temperature < 600
+
+
+@pytest.mark.slow
+def test_shipped_potential_conserves_energy_over_50_ps():
+    """500 atoms, 5 fs, 300 K, float32: at most 1 meV/atom/ns. Minutes of two cores."""
+    calculator = GNNMDCalculator("silver", settings=InferenceSettings(stress=False))
+    start = crystal(5, 300.0, seed=1)
+    start.calc = calculator
+    VelocityVerlet(start, 5 * units.fs).run(200)  # until kinetic and potential energy have met
+    trace = constant_energy(start, calculator, 5.0, 50.0, nothing)
+    assert abs(1000 * trace.slope) < 1
+    assert trace.drift_ratio < 0.1
