@@ -13,12 +13,27 @@ COMMANDS = {
     "info": ("gnnmd.predict.commands:info", "print what a checkpoint says about itself"),
     "predict": ("gnnmd.predict.commands:predict", "energies, forces and stress of the frames in a file"),
     "evaluate": ("gnnmd.predict.commands:evaluate", "errors of a checkpoint on labelled frames"),
+    "check": (
+        "gnnmd.interfaces.check:check",
+        "test a potential on your own system: physics, ranks, precision",
+    ),
+    "partition": (
+        "gnnmd.interfaces.partition:partition",
+        "what dividing a structure over ranks costs, before any rank exists",
+    ),
     "md": ("gnnmd.cli:md", "run molecular dynamics"),
     "demo": ("gnnmd.demo.run:demo", "train on silver, run molecular dynamics, write a report"),
 }
 
 #: What users can cause and correct: shown in one line. Everything else is a fault of ours and shown in full.
-USER_ERRORS = (ValueError, FileNotFoundError, IsADirectoryError, PermissionError, FloatingPointError)
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    IsADirectoryError,
+    PermissionError,
+    FloatingPointError,
+    MemoryError,
+)
 
 TRAIN_HELP = """usage: gnnmd train [group=preset ...] [key=value ...] [config.yaml ...]
 

@@ -35,6 +35,15 @@ class LennardJones(Backbone):
         return pair.new_zeros(gp.n_owned).index_add(0, target, pair / 2)[:, None, None]
 
 
+class Hungry(LennardJones):
+    """Needs more memory than rank 1 has."""
+
+    def forward(self, g: AtomGraph, gp: GPContext) -> Tensor:
+        if gp.group is not None and gp.group.rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(g, gp)
+
+
 class FirstFeature(nn.Module):
     """Head that takes the first feature of an atom for its energy."""
 

@@ -33,6 +33,15 @@ def test_every_command_exists_and_has_help(name, capsys):
     assert name in capsys.readouterr().out
 
 
+def test_too_little_memory_ends_in_one_line(monkeypatch, capsys):
+    def command(arguments):
+        raise MemoryError("a system of 10 atoms does not fit")
+
+    monkeypatch.setattr(cli, "_command", lambda name: command)
+    assert cli.main(["predict"]) == 1
+    assert capsys.readouterr().err == "gnnmd predict: a system of 10 atoms does not fit\n"
+
+
 def test_a_misspelt_key_ends_in_one_line_without_a_traceback(capsys):
     assert cli.main(["train", "trainer.max_epoch=3"]) == 1
     shown = capsys.readouterr().err.strip()

@@ -116,15 +116,24 @@ def _take_labels(atoms: Atoms, where: str, keys: LabelKeys) -> dict[str, float |
         if forces.shape != (len(atoms), 3):
             raise ValueError(_shape(where, "forces", keys.forces, forces.shape, f"{(len(atoms), 3)}"))
         labels["forces"] = forces
-    if (stress := _take(atoms, where, "stress", keys.stress)) is not None:
-        if stress.size not in (6, 9):
-            expected = "(3, 3), 9 or 6 (Voigt: xx yy zz yz xz xy)"
-            raise ValueError(_shape(where, "stress", keys.stress, stress.shape, expected))
-        full = voigt_6_to_full_3x3_stress(stress.ravel()) if stress.size == 6 else stress.reshape(3, 3)
-        labels["stress"] = full_3x3_to_voigt_6_stress(full)
+    virial = _take_tensor(atoms, where, "virial", keys.virial)
+    if (stress := _take_tensor(atoms, where, "stress", keys.stress)) is not None:
+        labels["stress"] = stress
+    elif virial is not None and atoms.cell.rank == 3:
+        labels["stress"] = -virial / atoms.get_volume()
     for name, value in labels.items():
         _check_finite(name, np.asarray(value), where)
     return labels
+
+
+def _take_tensor(atoms: Atoms, where: str, name: str, key: str) -> np.ndarray | None:
+    """Remove a symmetric tensor of the frame and return it in Voigt order (xx yy zz yz xz xy)."""
+    if (tensor := _take(atoms, where, name, key)) is None:
+        return None
+    if tensor.size not in (6, 9):
+        raise ValueError(_shape(where, name, key, tensor.shape, "(3, 3), 9 or 6 (Voigt: xx yy zz yz xz xy)"))
+    full = voigt_6_to_full_3x3_stress(tensor.ravel()) if tensor.size == 6 else tensor.reshape(3, 3)
+    return full_3x3_to_voigt_6_stress(full)
 
 
 def _take(atoms: Atoms, where: str, name: str, key: str) -> np.ndarray | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class DataConfig:
         energy_key: name of the energy (eV) in the files.
         forces_key: name of the forces (eV/A).
         stress_key: name of the stress (eV/A^3, positive = tension).
+        virial_key: name of the virial (eV, -stress * volume), read where there is no stress.
         dataset: data set name (level of theory) of every frame; "" keeps what the files say.
         type_map: element of each type in DeePMD systems without type_map.raw.
         max_frames: most frames per batch; None for no such bound.
@@ -54,6 +55,7 @@ class DataConfig:
     energy_key: str = "energy"
     forces_key: str = "forces"
     stress_key: str = "stress"
+    virial_key: str = "virial"
     dataset: str = ""
     type_map: list[str] | None = None
     max_frames: int | None = 4
@@ -90,6 +92,10 @@ class AtomsLoader(DataLoader):
             self._handed_out["position"] += 1
             yield batch
 
+    def repeats(self, batch_idx: int) -> bool:
+        """Tell whether a batch only fills up, see `AtomsBatchSampler.repeats`."""
+        return bool(self.batch_sampler.repeats(batch_idx))
+
     def state_dict(self) -> dict[str, int]:
         """Return epoch and number of batches handed out (not those that workers have prefetched)."""
         next_start = self.batch_sampler.state_dict()
@@ -122,6 +128,9 @@ class AtomsDataModule(LightningDataModule):
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
+        accumulate: int = 1,
+        share_graphs: bool = False,
+        progress: bool = True,
     ):
         """Remember the arguments; nothing is read before `setup`.
 
@@ -133,10 +142,15 @@ class AtomsDataModule(LightningDataModule):
             num_replicas: data-parallel replicas (not processes: ranks that share one graph read the same
                 batches).
             rank: which replica this is.
+            accumulate: training batches that a replica takes for one step.
+            share_graphs: ranks share the graph of every batch and list its edges together: none are kept
+                here.
+            progress: show the progress of long preparations.
         """
         super().__init__()
         self.config, self.r_cut, self.max_neighbors, self.seed = config, r_cut, max_neighbors, seed
-        self.num_replicas, self.rank = num_replicas, rank
+        self.num_replicas, self.rank, self.accumulate = num_replicas, rank, accumulate
+        self.share_graphs, self.progress = share_graphs, progress
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check and split the frames and build their edges, once.
@@ -178,7 +192,7 @@ class AtomsDataModule(LightningDataModule):
 
     def train_dataloader(self) -> AtomsLoader:
         """Return the shuffled loader of the training set."""
-        return self._loader(self.train_set, shuffle=True)
+        return self._loader(self.train_set, shuffle=True, accumulate=self.accumulate)
 
     def val_dataloader(self) -> AtomsLoader:
         """Return the loader of the validation set, in the order of the frames."""
@@ -198,15 +212,19 @@ class AtomsDataModule(LightningDataModule):
         if source is None:
             return []
         config = self.config
-        keys = LabelKeys(config.energy_key, config.forces_key, config.stress_key)
+        keys = LabelKeys(config.energy_key, config.forces_key, config.stress_key, config.virial_key)
         if source == SILVER:
             source, keys = silver_file(split), LabelKeys()
         return read_frames(source, keys=keys, dataset=config.dataset, type_map=config.type_map, labelled=True)
 
     def _with_edges(self, frames: list[Atoms]) -> AtomsDataset:
-        return AtomsDataset(frames, self.r_cut, max_neighbors=self.max_neighbors)
+        counted: Literal["count", "skip"] = "skip" if self.config.max_edges is None else "count"
+        edges = counted if self.share_graphs else "keep"
+        return AtomsDataset(
+            frames, self.r_cut, max_neighbors=self.max_neighbors, edges=edges, progress=self.progress
+        )
 
-    def _loader(self, dataset: AtomsDataset, *, shuffle: bool) -> AtomsLoader:
+    def _loader(self, dataset: AtomsDataset, *, shuffle: bool, accumulate: int = 1) -> AtomsLoader:
         config = self.config
         sampler = AtomsBatchSampler(
             dataset.n_atoms,
@@ -218,6 +236,7 @@ class AtomsDataModule(LightningDataModule):
             seed=self.seed,
             num_replicas=self.num_replicas,
             rank=self.rank,
+            accumulate=accumulate,
         )
         return AtomsLoader(dataset, sampler, config.num_workers)
 

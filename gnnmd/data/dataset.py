@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import copy
+from typing import Literal
 
 import torch
 from ase import Atoms
@@ -18,7 +19,7 @@ SHOW_PROGRESS_ABOVE = 200_000
 
 
 class AtomsDataset(Dataset[Data]):
-    """Frames with their neighbour lists, built once and kept in memory.
+    """Frames with their neighbour lists, built once and kept in memory (unless told otherwise).
 
     An item has the fields of `AtomBatch.to_data` and ``edge_index [2, E]``, ``shift [E, 3]`` (int64) and
     ``n_edges``. Collated by PyG, a batch feeds `AtomBatch.from_data` and ``NeighborList(batch.edge_index,
@@ -27,16 +28,27 @@ class AtomsDataset(Dataset[Data]):
     Attributes:
         r_cut: Angstrom.
         n_atoms: ``[F]`` int64, atoms per frame.
-        n_edges: ``[F]`` int64, edges per frame.
+        n_edges: ``[F]`` int64, edges per frame; None if they were not counted.
     """
 
-    def __init__(self, frames: Sequence[Atoms], r_cut: float, *, max_neighbors: int | None = None):
+    def __init__(
+        self,
+        frames: Sequence[Atoms],
+        r_cut: float,
+        *,
+        max_neighbors: int | None = None,
+        edges: Literal["keep", "count", "skip"] = "keep",
+        progress: bool = True,
+    ):
         """Build the neighbour lists.
 
         Args:
             frames: as `read_frames` returns them (labels in ``atoms.calc``).
             r_cut: cutoff of the model, Angstrom.
             max_neighbors: of the model, see `neighbor_list`.
+            edges: keep them; count them only; or neither, for ranks that share a graph and list its edges
+                together (items then have none).
+            progress: show a bar if it takes long.
 
         Raises:
             ValueError: no frames.
@@ -44,13 +56,13 @@ class AtomsDataset(Dataset[Data]):
         if not frames:
             raise ValueError("AtomsDataset got no frames; read at least one")
         self.r_cut = r_cut
-        quiet = sum(map(len, frames)) < SHOW_PROGRESS_ABOVE
+        quiet = not progress or edges == "skip" or sum(map(len, frames)) < SHOW_PROGRESS_ABOVE
         self._items = [
-            _with_edges(atoms, r_cut, max_neighbors)
+            _item(atoms, r_cut, max_neighbors, edges)
             for atoms in track(frames, "neighbour lists", transient=True, disable=quiet)
         ]
         self.n_atoms = torch.tensor([len(item.z) for item in self._items])
-        self.n_edges = torch.tensor([item.n_edges for item in self._items])
+        self.n_edges = None if edges == "skip" else torch.tensor([item.n_edges for item in self._items])
 
     def __len__(self) -> int:
         """Return the number of frames."""
@@ -59,7 +71,8 @@ class AtomsDataset(Dataset[Data]):
     def __getitem__(self, i: int) -> Data:
         """Return frame ``i``."""
         item = copy(self._items[i])
-        item.edge_index, item.shift = item.edge_index.long(), item.shift.long()
+        if "edge_index" in item:
+            item.edge_index, item.shift = item.edge_index.long(), item.shift.long()
         return item
 
     def labels(self, name: str) -> list[Tensor]:
@@ -67,11 +80,16 @@ class AtomsDataset(Dataset[Data]):
         return [item[name] for item in self._items]
 
 
-def _with_edges(atoms: Atoms, r_cut: float, max_neighbors: int | None) -> Data:
+def _item(
+    atoms: Atoms, r_cut: float, max_neighbors: int | None, edges: Literal["keep", "count", "skip"]
+) -> Data:
     batch = AtomBatch.from_ase(atoms)
-    neighbors = neighbor_list(batch, r_cut, max_neighbors=max_neighbors)
     (item,) = batch.to_data()
-    # int32 halves the cache: 20 bytes per edge, about 1 kB per atom at 50 neighbours.
-    item.edge_index, item.shift = neighbors.edge_index.int(), neighbors.shift.int()
+    if edges == "skip":
+        return item
+    neighbors = neighbor_list(batch, r_cut, max_neighbors=max_neighbors)
     item.n_edges = neighbors.edge_index.shape[1]
+    if edges == "keep":
+        # int32 halves the cache: 20 bytes per edge, about 1 kB per atom at 50 neighbours.
+        item.edge_index, item.shift = neighbors.edge_index.int(), neighbors.shift.int()
     return item

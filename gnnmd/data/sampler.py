@@ -29,7 +29,7 @@ class AtomsBatchSampler(Sampler[list[int]]):
     def __init__(
         self,
         n_atoms: ArrayLike,
-        n_edges: ArrayLike,
+        n_edges: ArrayLike | None,
         *,
         max_frames: int | None = None,
         max_atoms: int | None = None,
@@ -38,12 +38,13 @@ class AtomsBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
+        accumulate: int = 1,
     ):
         """Settle the number of batches.
 
         Args:
             n_atoms: ``[F]`` atoms per frame.
-            n_edges: ``[F]`` edges per frame.
+            n_edges: ``[F]`` edges per frame; None where nothing depends on them.
             max_frames: most frames in a batch.
             max_atoms: most atoms in a batch; a larger frame gets a batch of its own, with a warning.
             max_edges: most edges in a batch; likewise.
@@ -51,6 +52,7 @@ class AtomsBatchSampler(Sampler[list[int]]):
             seed: of the orders.
             num_replicas: data-parallel replicas that share the batches of an epoch.
             rank: which of them this is.
+            accumulate: batches that a replica takes for one step; none is left over at the end of an epoch.
 
         Raises:
             ValueError: no bound, a bound below 1, no frames, or a rank outside the replicas.
@@ -62,7 +64,10 @@ class AtomsBatchSampler(Sampler[list[int]]):
                 f"max_frames={max_frames}, max_atoms={max_atoms}, max_edges={max_edges} do not bound a "
                 "batch. Set at least one of them, to 1 or more."
             )
-        atoms, edges = np.asarray(n_atoms, dtype=np.int64), np.asarray(n_edges, dtype=np.int64)
+        if n_edges is None and max_edges is not None:
+            raise ValueError(f"max_edges={max_edges} needs the number of edges of every frame")
+        atoms = np.asarray(n_atoms, dtype=np.int64)
+        edges = np.zeros_like(atoms) if n_edges is None else np.asarray(n_edges, dtype=np.int64)
         if not len(atoms):
             raise ValueError("there are no frames to make batches of; check the data set")
         if not 0 <= rank < num_replicas:
@@ -76,7 +81,8 @@ class AtomsBatchSampler(Sampler[list[int]]):
         varied = shuffle and (self._sizes != self._sizes[0]).any()
         trials = range(TRIAL_EPOCHS if varied else 1)
         longest = max(len(self._pack(self._order(np.random.default_rng([seed, epoch])))) for epoch in trials)
-        self._n_batches = num_replicas * math.ceil(longest / num_replicas)
+        per_step = num_replicas * accumulate
+        self._n_batches = per_step * math.ceil(longest / per_step)
         self.epoch = 0
         self.position = 0
 
@@ -88,6 +94,13 @@ class AtomsBatchSampler(Sampler[list[int]]):
         """Yield the frames of each batch, from `position` on."""
         start, self.position = self.position, 0
         yield from self._batches(self.epoch)[self._rank :: self._num_replicas][start:]
+
+    def repeats(self, position: int) -> bool:
+        """Tell whether all frames of this replica's batch at ``position`` of an epoch came before.
+
+        Batches are repeated only when they are down to one frame each: all after the last frame.
+        """
+        return position * self._num_replicas + self._rank >= len(self._sizes)
 
     @property
     def sampler(self) -> "AtomsBatchSampler":

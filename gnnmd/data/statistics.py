@@ -31,7 +31,7 @@ class Statistics:
         n_energies: frames with an energy.
         n_forces: atoms with forces.
         n_stresses: frames with a stress.
-        mean_edges: directed edges per atom within the cutoff.
+        mean_edges: directed edges per atom within the cutoff; NaN where nobody counted them.
     """
 
     element_energies: tuple[float, ...]
@@ -66,7 +66,7 @@ class Statistics:
             n_energies=int(known.sum()),
             n_forces=int(has_forces.sum()),
             n_stresses=int((~stress.isnan().any(dim=(1, 2))).sum()),
-            mean_edges=int(dataset.n_edges.sum()) / n_atoms,
+            mean_edges=math.nan if dataset.n_edges is None else int(dataset.n_edges.sum()) / n_atoms,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,11 +14,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LabelKeys:
-    """Names of the labels in ``atoms.info`` / ``atoms.arrays`` or in an attached calculator."""
+    """Names of the labels in ``atoms.info`` / ``atoms.arrays`` or in an attached calculator.
+
+    Readers turn a virial (eV, -stress * volume) into the stress of a frame that has none.
+    """
 
     energy: str = "energy"
     forces: str = "forces"
     stress: str = "stress"
+    virial: str = "virial"
 
 
 @dataclass(frozen=True)

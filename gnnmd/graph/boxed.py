@@ -69,9 +69,8 @@ def box_atoms(batch: AtomBatch, reach: float) -> BoxedAtoms:
         ValueError: a coordinate that is not finite or beyond 1e8 A, systems that are not one after the other,
             or periodic lattice vectors that are missing or linearly dependent.
     """
-    _check_input(batch)
+    check_boxes(batch)
     axes = complete_cell(batch.cell, batch.pbc)
-    _check_volume(batch, axes)
     system, pbc = batch.system, batch.pbc
     # In units of the lattice vector on periodic axes, in Angstrom on open ones.
     fraction = torch.einsum("na,nab->nb", batch.positions, torch.linalg.inv(axes)[system])
@@ -85,6 +84,12 @@ def box_atoms(batch: AtomBatch, reach: float) -> BoxedAtoms:
     length = torch.where(pbc, 1.0, highest - lowest + 1.01 * reach)
     offset = torch.einsum("na,nab->nb", image + origin[system], axes[system])
     return BoxedAtoms(batch.positions - offset, system, axes * length[..., None], pbc, image.long())
+
+
+def check_boxes(batch: AtomBatch) -> None:
+    """Raise the errors of `box_atoms`."""
+    _check_input(batch)
+    _check_volume(batch, complete_cell(batch.cell, batch.pbc))
 
 
 def _check_input(batch: AtomBatch) -> None:

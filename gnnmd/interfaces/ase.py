@@ -7,10 +7,10 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from gnnmd.graph import AtomBatch, NeighborList, VerletList
+from gnnmd.graph import AtomBatch
 from gnnmd.models.potential import Potential
 from gnnmd.predict import InferenceSettings, PredictUnit
-from gnnmd.predict.unit import check_systems, without_labels
+from gnnmd.predict.unit import Follower, without_labels
 
 _STATE = ("charge", "spin", "dataset")  # keys of atoms.info that a potential reads
 
@@ -49,12 +49,12 @@ class GNNMDCalculator(Calculator):
         super().__init__()
         self.unit = _unit(model, device, settings)
         self.dataset = dataset
-        self._verlet = VerletList(self.unit.r_cut, skin, backend=self.unit.settings.neighbors)
+        self._follower = Follower(self.unit, skin)
 
     @property
     def n_builds(self) -> int:
         """Neighbour searches so far."""
-        return self._verlet.n_builds
+        return self._follower.n_builds
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Return what changed since the last calculation; ASE itself does not look into ``atoms.info``."""
@@ -78,9 +78,7 @@ class GNNMDCalculator(Calculator):
         bare = without_labels(self.atoms)
         if self.dataset is not None:
             bare.info.setdefault("dataset", self.dataset)
-        batch = AtomBatch.from_ase(bare).to(self.unit.device)
-        check_systems(batch)
-        prediction = self.unit.evaluate(batch, self._neighbors(batch))
+        prediction = self._follower.evaluate(AtomBatch.from_ase(bare))
         energy = prediction.energy.item()
         self.results: dict[str, Any] = {
             "energy": energy,
@@ -90,11 +88,6 @@ class GNNMDCalculator(Calculator):
         }
         if prediction.stress is not None and bare.cell.rank == 3 and bare.pbc.any():
             self.results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].numpy())
-
-    def _neighbors(self, batch: AtomBatch) -> NeighborList:
-        if self.unit.potential.backbone.max_neighbors is not None:
-            return self.unit.neighbor_list(batch)  # the nearest of a list with a skin are found by searching
-        return self._verlet.update(batch)
 
 
 def _unit(

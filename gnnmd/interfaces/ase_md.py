@@ -29,8 +29,9 @@ from ase.md.velocitydistribution import Stationary, ZeroRotation
 from ase.md.verlet import VelocityVerlet
 
 from gnnmd.interfaces.ase import GNNMDCalculator
-from gnnmd.predict import InferenceSettings
+from gnnmd.predict import InferenceSettings, PredictUnit
 from gnnmd.predict.checkpoint import write_atomically
+from gnnmd.predict.workers import check_alone
 
 _BUILT_IN_REPEAT = (4, 4, 4)
 
@@ -50,6 +51,7 @@ class MDConfig:
         friction: 1/fs, of the Langevin bath.
         seed: of the first velocities and the Langevin noise.
         device: "cpu", "cuda", "cuda:1", ...; None takes a GPU if there is one.
+        workers: GPUs (or processes, on the CPU) that share the atoms; None is one.
         dtype: arithmetic of the network, "float32" or "float64".
         dataset: level of theory, for models that know several; None takes it from the structure.
         skin: Angstrom, of the neighbour list.
@@ -72,6 +74,7 @@ class MDConfig:
     friction: float = 0.01
     seed: int = 0
     device: str | None = None
+    workers: int | None = None
     dtype: str = "float32"
     dataset: str | None = None
     skin: float = 0.5
@@ -174,13 +177,7 @@ def run_md(
     first = _load_state(Path(config.restart or ""), atoms, rng) if config.resume else 0
     if not config.resume:
         _draw_velocities(atoms, config.temperature, rng)
-    atoms.calc = calculator or GNNMDCalculator(
-        config.model,
-        skin=config.skin,
-        dataset=config.dataset,
-        device=config.device,
-        settings=InferenceSettings(dtype=config.dtype),
-    )
+    atoms.calc = calculator or _calculator(config)
     trajectory, restart = (Path(name) if name else None for name in (config.trajectory, config.restart))
     newest_frame = first if config.resume else -1
     if trajectory:
@@ -228,6 +225,16 @@ def starting_structure(config: MDConfig) -> Atoms:
             f"structure={config.structure!r} is neither a file (seen from {Path.cwd()}) nor a chemical symbol"
         )
     return atoms.repeat(repeat)
+
+
+def _calculator(config: MDConfig) -> GNNMDCalculator:
+    """Return the calculator; its workers, if any, live as long as it does."""
+    check_alone(config.workers)
+    settings = InferenceSettings(dtype=config.dtype)
+    unit = PredictUnit.from_checkpoint(
+        config.model, device=config.device, settings=settings, workers=config.workers
+    )
+    return GNNMDCalculator(unit, skin=config.skin, dataset=config.dataset)
 
 
 def _draw_velocities(atoms: Atoms, temperature: float, rng: np.random.Generator) -> None:

@@ -5,6 +5,7 @@ One process does the work of all ranks here, so a cluster job can be sized on a 
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,8 @@ def copies(edge_index: Tensor, owner: Tensor, n_parts: int) -> tuple[Tensor, Ten
     source, target = edge_index
     needer = owner[source]
     other = needer != owner[target]
-    pairs = torch.unique(target[other] * n_parts + needer[other])
+    # Edges are sorted by target: most repetitions stand side by side and need not be sorted.
+    pairs = torch.unique(torch.unique_consecutive(target[other] * n_parts + needer[other]))
     return pairs // n_parts, pairs % n_parts
 
 
@@ -72,42 +74,43 @@ class VirtualPartition:
         atom, needer = copies(self.edge_index, self.owner, self.n_parts)
         return _rows(self.owner[atom], needer, self.n_parts)
 
-    def all_gather(self) -> "Rows":
+    def all_gather(self) -> "AllPairs":
         """Return the rows of one all-gather: each rank gets those of all others, padded to the largest."""
-        capacity = int(self.owned.max())
-        rank = torch.arange(self.n_parts)
-        sender, receiver = rank.repeat_interleave(self.n_parts), rank.repeat(self.n_parts)
-        sender, receiver = sender[sender != receiver], receiver[sender != receiver]
-        return Rows(self.n_parts, sender, receiver, torch.full_like(sender, capacity))
+        return AllPairs(self.n_parts, int(self.owned.max()))
 
-    def wide_halo(self, n_layers: int) -> "WideHalo":
-        """Return what it takes to do without exchanges between layers: ghosts of ghosts.
+    def wide_halo(self, n_passes: int) -> "WideHalo":
+        """Return what it takes to do without exchanges between passes over the edges: ghosts of ghosts.
 
-        A rank that wants the last layer of its atoms needs the layer before of their neighbours, and so on;
-        at the end it needs the positions of all atoms that are ``n_layers`` edges away.
+        A rank that wants the last pass of its atoms needs the one before of their neighbours, and so on; at
+        the end it needs the positions of all atoms that are ``n_passes`` edges away.
         """
-        source, target = self.edge_index
-        degree = torch.bincount(target, minlength=len(self.owner))
-        first = degree.cumsum(0) - degree
-        own = torch.arange(len(self.owner)) * self.n_parts + self.owner
-        known = frontier = own.sort().values  # atom * P + rank
-        edges = [self.edges]
-        for _ in range(n_layers):
-            at = frontier // self.n_parts
-            pair = torch.repeat_interleave(degree[at])
-            before = degree[at].cumsum(0) - degree[at]
-            edge = torch.arange(len(pair)) + (first[at] - before)[pair]
-            reached = torch.unique(source[edge] * self.n_parts + (frontier % self.n_parts)[pair])
-            place = torch.searchsorted(known, reached).clamp(max=len(known) - 1)
-            frontier = reached[known[place] != reached]
-            known = torch.cat((known, frontier)).sort().values
-            work = degree[frontier // self.n_parts]
-            edges.append(edges[-1].index_add(0, frontier % self.n_parts, work))
-        atom, rank = known // self.n_parts, known % self.n_parts
-        ghost = self.owner[atom] != rank
-        rows = _rows(self.owner[atom[ghost]], rank[ghost], self.n_parts)
-        # Layer k of n is computed for atoms up to n - k edges away.
-        return WideHalo(rows, edges=torch.stack(edges[:n_layers]).sum(0))
+        owner, (source, target) = self.owner.numpy(), self.edge_index.numpy()
+        degree = np.bincount(target, minlength=len(owner))
+        first_edge = degree.cumsum() - degree  # edges are sorted by target
+        edges = np.zeros((n_passes, self.n_parts), dtype=np.int64)
+        found = [np.zeros((3, 0), dtype=np.int64)]
+        for first in range(0, self.n_parts, 64):  # the sets of 64 ranks at a time, a bit for each
+            mine = owner // 64 == first // 64
+            bit = np.left_shift(np.uint64(1), (owner - first).clip(0, 63).astype(np.uint64))
+            known = np.where(mine, bit, np.uint64(0))
+            near = mine & (degree > 0)  # atoms that some of the 64 ranks know, or will after the next pass
+            edge, _ = _rows_of(near, first_edge, degree)
+            for k in range(n_passes):
+                atom, rank = _set_bits(known)
+                edges[k, first : first + 64] = np.bincount(rank, degree[atom], 64)[: self.n_parts - first]
+                near[source[edge]] = True
+                edge, start = _rows_of(near, first_edge, degree)
+                if len(edge):
+                    known[near] |= np.bitwise_or.reduceat(known[source[edge]], start)
+            atom, rank = _set_bits(known)
+            rows = np.bincount(owner[atom] * 64 + rank, minlength=self.n_parts * 64)
+            pair = rows.nonzero()[0]
+            found.append(np.stack((pair // 64, pair % 64 + first, rows[pair])))
+        sender, receiver, rows = torch.from_numpy(np.concatenate(found, axis=1))
+        ghost = sender != receiver
+        return WideHalo(
+            Rows(self.n_parts, sender[ghost], receiver[ghost], rows[ghost]), torch.from_numpy(edges)
+        )
 
 
 @dataclass(frozen=True)
@@ -133,12 +136,17 @@ class Rows:
     @property
     def sent(self) -> Tensor:
         """``[P]`` rows each rank sends."""
-        return torch.zeros(self.n_parts, dtype=torch.int64).index_add(0, self.sender, self.rows)
+        return self.backward.received
 
     @property
     def partners(self) -> Tensor:
         """``[P]`` ranks that each rank receives from."""
         return torch.bincount(self.receiver, minlength=self.n_parts)
+
+    @property
+    def backward(self) -> "Rows":
+        """The rows of the transpose: gradients of ghosts, which go home."""
+        return Rows(self.n_parts, self.receiver, self.sender, self.rows)
 
     def table(self) -> Tensor:
         """Return ``[P, P]`` rows from sender (first index) to receiver; for small P."""
@@ -148,16 +156,68 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class AllPairs:
+    """As `Rows`, for the same number of rows between all pairs of ranks.
+
+    Attributes:
+        n_parts: number of ranks P.
+        rows: from each rank to each other.
+    """
+
+    n_parts: int
+    rows: int
+
+    @property
+    def received(self) -> Tensor:
+        """``[P]`` rows each rank receives."""
+        return torch.full((self.n_parts,), self.rows * (self.n_parts - 1))
+
+    @property
+    def sent(self) -> Tensor:
+        """``[P]`` rows each rank sends."""
+        return self.received
+
+    @property
+    def partners(self) -> Tensor:
+        """``[P]`` ranks that each rank receives from."""
+        return torch.full((self.n_parts,), self.n_parts - 1)
+
+    @property
+    def backward(self) -> "AllPairs":
+        """The rows of the transpose: a reduce-scatter."""
+        return self
+
+    def table(self) -> Tensor:
+        """Return ``[P, P]`` rows from sender (first index) to receiver; for small P."""
+        return self.rows * (1 - torch.eye(self.n_parts, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
 class WideHalo:
-    """A halo wide enough for all layers.
+    """A halo wide enough for all passes.
 
     Attributes:
         rows: positions that are fetched once.
-        edges: ``[P]`` edges that each rank evaluates in all layers together.
+        edges: ``[n_passes, P]`` edges that each rank evaluates in the last pass, the one before it, ...
     """
 
     rows: Rows
     edges: Tensor
+
+
+def _rows_of(chosen: np.ndarray, first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows ``first .. first + count - 1`` of the chosen, and where those of each begin."""
+    length = count[chosen]
+    start = length.cumsum() - length
+    return np.arange(length.sum()) + np.repeat(first[chosen] - start, length), start
+
+
+def _set_bits(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return row and number of every bit that is set in ``words`` ``[n]`` uint64."""
+    rows = words.nonzero()[0]
+    bits = np.unpackbits(words[rows].astype("<u8").view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
+    row, bit = bits.nonzero()
+    return rows[row], bit
 
 
 def _rows(sender: Tensor, receiver: Tensor, n_parts: int) -> Rows:
@@ -222,36 +282,104 @@ class ModelCost:
     """What a model needs per step (energy and forces).
 
     Attributes:
-        n_layers: message-passing layers; features are exchanged between them.
+        n_layers: message-passing layers.
+        n_exchanges: times that features are exchanged, forward; as often backward.
         row_bytes: bytes of one atom's features.
         edge_seconds: s per edge, all layers, forward and backward.
     """
 
     n_layers: int
+    n_exchanges: int
     row_bytes: int
     edge_seconds: float
 
 
 #: eSCN-MD in the UMA-S shape (4 layers, lmax 2, 128 channels, float32) on one H200: 13.7 us per silver atom
-#: with 54 neighbours within 6 A.
-UMA_S = ModelCost(n_layers=4, row_bytes=9 * 128 * 4, edge_seconds=13.7e-6 / 54)
+#: with 54 neighbours within 6 A. Features are exchanged before every layer, because the edge-degree embedding
+#: that precedes the first one reads neighbours too.
+UMA_S = ModelCost(n_layers=4, n_exchanges=4, row_bytes=9 * 128 * 4, edge_seconds=13.7e-6 / 54)
 
 
-def step_bytes(ghosts: Tensor, model: ModelCost) -> Tensor:
-    """Return bytes per step for ``ghosts`` ``[P]`` rows: positions and features, there and back."""
-    return ghosts * 2 * (POSITION_BYTES + (model.n_layers - 1) * model.row_bytes)
+@dataclass(frozen=True)
+class Leg:
+    """One collective of a step.
+
+    Attributes:
+        what: what travels.
+        row_bytes: bytes per row.
+        rows: between which ranks.
+    """
+
+    what: str
+    row_bytes: int
+    rows: Rows | AllPairs
+
+    @property
+    def received(self) -> Tensor:
+        """``[P]`` bytes each rank receives."""
+        return self.rows.received * self.row_bytes
+
+    @property
+    def sent(self) -> Tensor:
+        """``[P]`` bytes each rank sends."""
+        return self.rows.sent * self.row_bytes
 
 
-def efficiency(partition: VirtualPartition, link: Link, model: ModelCost = UMA_S) -> float:
+@dataclass(frozen=True)
+class Strategy:
+    """One way to let every rank read its atoms' neighbours in all layers.
+
+    Attributes:
+        name: "all-to-all", "all-gather" or "wide halo".
+        legs: all collectives of a step, in order; none on one rank.
+        edges: ``[P]`` float64, edges that each rank evaluates, mean over the layers.
+    """
+
+    name: str
+    legs: tuple[Leg, ...]
+    edges: Tensor
+
+    @property
+    def received(self) -> Tensor:
+        """``[P]`` bytes that each rank receives in a step."""
+        return sum((leg.received for leg in self.legs), torch.zeros(len(self.edges), dtype=torch.int64))
+
+    def seconds(self, link: Link) -> Tensor:
+        """Return ``[P]`` s that each rank spends in collectives, sending and receiving at the same time."""
+        traffic = sum((torch.maximum(leg.received, leg.sent) for leg in self.legs), torch.tensor(0))
+        return len(self.legs) * link.latency + traffic / link.bandwidth
+
+
+def strategies(partition: VirtualPartition, model: ModelCost = UMA_S) -> tuple[Strategy, ...]:
+    """Return a step of `GPContext` (all-to-all), of `AllGatherContext`, and with a halo for all layers."""
+    work = partition.edges.to(torch.float64)
+    halo = partition.wide_halo(model.n_exchanges + 1)
+    return (
+        Strategy("all-to-all", _step(partition.all_to_all(), model.n_exchanges, model), work),
+        Strategy("all-gather", _step(partition.all_gather(), model.n_exchanges, model), work),
+        # A pass before the first layer, as of eSCN-MD's edge-degree embedding, is cheap and not counted.
+        Strategy("wide halo", _step(halo.rows, 0, model), halo.edges[: model.n_layers].double().mean(0)),
+    )
+
+
+def efficiency(
+    partition: VirtualPartition, strategy: Strategy, link: Link, model: ModelCost = UMA_S
+) -> float:
     """Return the predicted parallel efficiency of a step: ideal time over time of the slowest rank.
 
     Exchanges are not hidden behind work, and the host costs nothing (captured graphs): the first is
     pessimistic, the second optimistic.
     """
-    if partition.n_parts == 1:
-        return 1.0
-    rows = partition.all_to_all()
-    traffic = step_bytes(torch.maximum(rows.received, rows.sent), model)
-    work = partition.edges.to(torch.float64) * model.edge_seconds
-    exchange = 2 * model.n_layers * link.latency + traffic / link.bandwidth
-    return float(work.mean() / (work + exchange).max())
+    ideal = partition.edges.to(torch.float64).mean() * model.edge_seconds
+    slowest = (strategy.edges * model.edge_seconds + strategy.seconds(link)).max()
+    return float(ideal / slowest) if slowest else 1.0
+
+
+def _step(rows: Rows | AllPairs, n_exchanges: int, model: ModelCost) -> tuple[Leg, ...]:
+    """Return the collectives of positions and features, and of their gradients in the opposite order."""
+    if rows.n_parts == 1:
+        return ()
+    features = [Leg(f"features {i + 1}", model.row_bytes, rows) for i in range(n_exchanges)]
+    forward = (Leg("positions", POSITION_BYTES, rows), *features)
+    backward = (Leg(f"gradients of {leg.what}", leg.row_bytes, rows.backward) for leg in reversed(forward))
+    return (*forward, *backward)

@@ -269,7 +269,12 @@ def build_plan(
 
 
 def _build(held: Held, batch: AtomBatch, ranks: Ranks, options: _Options) -> Plan:
-    """Partition twice: by number of atoms, to see the edges; then by edges."""
+    held, cuts = _partition(held, batch, ranks, options)
+    return _with_room(_link(held, batch, cuts, ranks, options), None)
+
+
+def _partition(held: Held, batch: AtomBatch, ranks: Ranks, options: _Options) -> tuple[Held, Cuts]:
+    """Partition twice, by number of atoms to see the edges and then by edges; return the owned atoms."""
     sites = _sites(held, batch, ranks, torch.ones_like(held.id))
     first = morton(sites, ranks.size, options.reach, ranks)
     held = _migrate(held, sites, first, ranks)
@@ -279,8 +284,7 @@ def _build(held: Held, batch: AtomBatch, ranks: Ranks, options: _Options) -> Pla
     cuts = choose(
         options.partition, sites, ranks.size, options.reach, ranks, lambda owner: _count_ghosts(draft, owner)
     )
-    held = _migrate(held, sites, cuts, ranks)
-    return _with_room(_link(held, batch, cuts, ranks, options), None)
+    return _migrate(held, sites, cuts, ranks), cuts
 
 
 def _sites(held: Held, batch: AtomBatch, ranks: Ranks, weight: Tensor) -> Sites:

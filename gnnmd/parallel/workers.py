@@ -8,7 +8,9 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import Pipe
@@ -23,11 +25,11 @@ GRACE = 5.0
 
 
 class WorkerDied(RuntimeError):
-    """A worker process ended by itself: killed, out of memory, crashed."""
+    """A worker process ended by itself: killed, out of memory, crashed; or the workers are closed."""
 
 
 class Workers:
-    """Processes that form one group; a context manager.
+    """Processes that form one group; a context manager. They end with the object and with its process.
 
     Args:
         n: number of processes.
@@ -49,6 +51,9 @@ class Workers:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+        self._end = weakref.finalize(self, _end, self._processes, self._pipes, self._owner)
         shared = {
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
             "WORLD_SIZE": str(n),
@@ -58,16 +63,24 @@ class Workers:
             "TORCHELASTIC_RESTART_COUNT": "0",
             "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // n)),
             "GNNMD_DEVICE": device,
+            "GNNMD_CALLER": str(self._owner),
         }
+        # -P: PYTHONPATH says all; a random.py in the current folder must not be imported by surprise.
+        command = [sys.executable, "-P", "-m", "gnnmd.parallel.serve"]
         for rank in range(n):
             ours, theirs = Pipe()
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GNNMD_PIPE": str(theirs.fileno())}
-            command = [sys.executable, "-m", "gnnmd.parallel.serve"]
-            self._processes.append(
-                subprocess.Popen(command, env={**os.environ, **shared, **own}, pass_fds=[theirs.fileno()])
-            )
             self._pipes.append(ours)
-            theirs.close()
+            with theirs:
+                self._processes.append(
+                    subprocess.Popen(
+                        command,
+                        env={**os.environ, **shared, **own},
+                        stdin=subprocess.DEVNULL,
+                        pass_fds=[theirs.fileno()],
+                        process_group=0,  # the terminal's Ctrl-C is for the caller alone
+                    )
+                )
 
     def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Run ``function(ranks, *args)`` on every worker; return the results in the workers' order.
@@ -78,32 +91,47 @@ class Workers:
 
         Raises:
             WorkerDied: a worker is gone; the others are ended too.
-            Exception: what a worker raised, its traceback added as a note. Workers that then do not answer,
-                because they wait for the failed one, are ended too.
+            Exception: what a worker raised, its traceback added as a note. If all raised the same, they go on
+                living; otherwise one may wait for another, now or on its GPU, and all are ended.
         """
-        if not self._pipes:
-            raise WorkerDied("the workers are closed, or have died; start new ones")
-        message = pickle.dumps((function.__module__, function.__qualname__, args))
-        try:
-            for pipe in self._pipes:
-                with suppress(OSError):  # a dead worker shows when its answer is read
-                    pipe.send_bytes(message)
-            return self._answers()
-        except KeyboardInterrupt:
-            self.close()  # in the middle of a call: nobody knows what the workers hold
-            raise
+        if os.getpid() != self._owner:
+            raise RuntimeError(
+                f"the workers belong to process {self._owner}; this one, forked from it, needs its own"
+            )
+        message = pickle.dumps((function.__module__, function.__qualname__, pickle.dumps(args, 5)), 5)
+        with self._lock:  # threads take turns: two calls in different orders would never meet
+            if not self._pipes:
+                raise WorkerDied("the workers are closed, or have died; start new ones")
+            try:
+                for pipe in self._pipes:
+                    with suppress(OSError):  # a dead worker shows when its answer is read
+                        pipe.send_bytes(message)
+                results, failures = self._answers()
+            except BaseException:  # Ctrl-C in the middle of a call: nobody knows what the workers hold
+                self.close()
+                raise
+            if not failures:
+                return [results[rank] for rank in sorted(results)]
+            # The first that died explains why others complain about their connections.
+            first = next(
+                (e for e in failures.values() if isinstance(e, WorkerDied)), min(failures.items())[1]
+            )
+            alike = (
+                len(failures) == len(self._pipes) and len({(type(e), str(e)) for e in failures.values()}) == 1
+            )
+            if isinstance(first, WorkerDied) or not alike:
+                first.add_note("not all workers failed alike, so they were ended; start new ones")
+                self.close()
+            raise first
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to every process, for example while a call is under way in another thread."""
+        for process in list(self._processes):
+            process.send_signal(number)
 
     def close(self) -> None:
-        """End the processes."""
-        for pipe in self._pipes:
-            pipe.close()  # which they notice
-        deadline = time.monotonic() + 2.0
-        for process in self._processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-            process.kill()
-            process.wait()
-        self._processes, self._pipes = [], []
+        """End the processes; at once if they are idle or wait for each other."""
+        _end(self._processes, self._pipes, self._owner)
 
     def __enter__(self) -> "Workers":
         return self
@@ -111,15 +139,12 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "_processes", None):
-            self.close()
-
-    def _answers(self) -> list[Any]:
+    def _answers(self) -> tuple[dict[int, Any], dict[int, Exception]]:
+        """Return what each rank answered, or how it failed; ranks that do not answer are missing."""
         results: dict[int, Any] = {}
         failures: dict[int, Exception] = {}
         waiting = dict(enumerate(self._pipes))
-        while waiting:
+        while waiting and not any(isinstance(e, WorkerDied) for e in failures.values()):
             ready = wait(list(waiting.values()), GRACE if failures else None)
             if not ready:
                 break
@@ -135,20 +160,28 @@ class Workers:
                 else:
                     answer.add_note(f"on worker {rank} of {len(self._pipes)}:\n{text}")
                     failures[rank] = answer
-        if not failures:
-            return [results[rank] for rank in sorted(results)]
-        # The first that died explains why others complain about their connections.
-        first = next((e for e in failures.values() if isinstance(e, WorkerDied)), min(failures.items())[1])
-        if waiting or isinstance(first, WorkerDied):
-            self.close()
-        raise first
+        return results, failures
 
     def _obituary(self, rank: int) -> str:
         with suppress(subprocess.TimeoutExpired):
             self._processes[rank].wait(1.0)
         code = self._processes[rank].returncode
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        return (
-            f"worker {rank} of {len(self._processes)} died ({how}); its last words are on standard error. "
-            "Signal 9 is usually the system's answer to too little memory"
-        )
+        hint = ". Signal 9 is usually the system's answer to too little memory" if code == -9 else ""
+        who = f"worker {rank} of {len(self._processes)}"
+        return f"{who} died ({how}); its last words are on standard error{hint}"
+
+
+def _end(processes: list[subprocess.Popen[bytes]], pipes: list[Connection], owner: int) -> None:
+    """End processes and forget them; does nothing in a process that was forked from the owner."""
+    if os.getpid() != owner:
+        return
+    while pipes:
+        pipes.pop().close()  # which they notice
+    deadline = time.monotonic() + 2.0
+    while processes:
+        process = processes.pop()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.wait()

@@ -35,31 +35,38 @@ class World:
         """Return what torchrun or srun says about this process; None if neither started it.
 
         Raises:
-            ValueError: variables that contradict each other.
+            ValueError: a variable that is not what it should be.
         """
         if "RANK" in variables and "WORLD_SIZE" in variables:
             return cls(
-                rank=int(variables["RANK"]),
-                size=int(variables["WORLD_SIZE"]),
-                local_rank=int(variables.get("LOCAL_RANK", 0)),
+                rank=_number("RANK", variables),
+                size=_number("WORLD_SIZE", variables),
+                local_rank=_number("LOCAL_RANK", variables, 0),
                 address=variables.get("MASTER_ADDR", "127.0.0.1"),
-                port=int(variables.get("MASTER_PORT", 29500)),
+                port=_number("MASTER_PORT", variables, 29500),
             )
         # A batch script has these variables too, for one task; srun adds the step's.
-        if "SLURM_STEP_ID" in variables and int(variables.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        if "SLURM_STEP_ID" in variables and _number("SLURM_STEP_NUM_TASKS", variables, 1) > 1:
             return cls(
-                rank=int(variables["SLURM_PROCID"]),
-                size=int(variables["SLURM_STEP_NUM_TASKS"]),
-                local_rank=int(variables["SLURM_LOCALID"]),
-                address=variables.get("MASTER_ADDR", first_host(variables["SLURM_STEP_NODELIST"])),
+                rank=_number("SLURM_PROCID", variables),
+                size=_number("SLURM_STEP_NUM_TASKS", variables),
+                local_rank=_number("SLURM_LOCALID", variables),
+                address=variables.get("MASTER_ADDR") or first_host(variables.get("SLURM_STEP_NODELIST", "")),
                 # Steps that run side by side must not meet: a port per job and step.
-                port=int(variables.get("MASTER_PORT", 0)) or _step_port(variables),
+                port=_number("MASTER_PORT", variables, _step_port(variables)),
             )
         return None
+
+    def __post_init__(self) -> None:
+        """Refuse a rank outside the world."""
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"rank {self.rank} of {self.size} processes: check RANK and WORLD_SIZE")
 
     @contextmanager
     def joined(self, device: str) -> Iterator[Ranks]:
         """Join the other processes, on the GPU of this rank ("cuda") or on the CPU ("cpu"); collective.
+
+        A process that has joined them already stays in its group, and in it when the context ends.
 
         Raises:
             ValueError: this host has fewer GPUs than processes.
@@ -71,6 +78,9 @@ class World:
                     f"{torch.cuda.device_count()}. Start one process per GPU, or use the CPU"
                 )
             torch.cuda.set_device(self.local_rank)
+        if dist.is_initialized():
+            yield Ranks(dist.group.WORLD)
+            return
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
             # torchrun and `Workers` hold the server of this address themselves and say so in the environment.
@@ -85,14 +95,29 @@ class World:
 
 
 def first_host(nodes: str) -> str:
-    """Return the first host of a Slurm list: ``node[03-07,9],other`` -> ``node03``."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
-    if match is None:
-        raise ValueError(f"SLURM_STEP_NODELIST={nodes!r} names no host; set MASTER_ADDR")
-    return match[1] + (match[2] or "")
+    """Return the first host of a Slurm list: ``node[03-07,9],other`` -> ``node03``.
+
+    Raises:
+        ValueError: no host in it.
+    """
+    found = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)
+    if found is None:
+        raise ValueError(f"SLURM_STEP_NODELIST={nodes!r} names no host; set MASTER_ADDR to that of rank 0")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", found[0])
 
 
 def _step_port(variables: Mapping[str, str]) -> int:
     step = variables["SLURM_STEP_ID"]
-    number = int(variables["SLURM_JOB_ID"]) * 31 + (int(step) if step.isdigit() else 0)
+    number = _number("SLURM_JOB_ID", variables) * 31 + (int(step) if step.isdigit() else 0)
     return 20_000 + number % 12_000  # below the ports that systems hand out themselves
+
+
+def _number(name: str, variables: Mapping[str, str], default: int | None = None) -> int:
+    """Return a variable as a number >= 0; without default it must be there."""
+    value = variables.get(name, default)
+    if not str(value).isdigit():
+        raise ValueError(
+            f"this process was started by torchrun or srun, but {name}={value!r} is not a number; start it "
+            "by one of the two, or unset the variables that they set"
+        )
+    return int(str(value))

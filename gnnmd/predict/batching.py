@@ -60,3 +60,12 @@ def take_neighbors(batch: AtomBatch, neighbors: NeighborList, start: int, stop: 
 def edges_per_system(batch: AtomBatch, neighbors: NeighborList) -> list[int]:
     """Return the number of edges of each system."""
     return torch.bincount(batch.system[neighbors.edge_index[1]], minlength=batch.n_systems).tolist()
+
+
+def next_stop(rows: list[int], start: int, limit: float) -> int:
+    """Return where a call that begins at ``start`` ends: one system, or more with at most ``limit`` rows."""
+    stop, n_rows = start + 1, rows[start]
+    while stop < len(rows) and n_rows + rows[stop] <= limit:
+        n_rows += rows[stop]
+        stop += 1
+    return stop

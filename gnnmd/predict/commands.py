@@ -23,6 +23,7 @@ from gnnmd.predict.metrics import SHOWN_UNITS, ErrorMeter, error_table
 from gnnmd.predict.parity_plot import Parity, save_parity_plot
 from gnnmd.predict.settings import InferenceSettings
 from gnnmd.predict.unit import PredictUnit
+from gnnmd.predict.workers import check_alone
 from gnnmd.units import MEV
 
 _LONGEST_SHOWN = 8  # values of a list that `info` prints in full
@@ -50,9 +51,9 @@ def predict(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.output.suffix not in (".extxyz", ".xyz"):
         parser.error(f"--output is written as extxyz: end its name in .extxyz, not {args.output.suffix!r}")
-    unit = _unit(args)
-    frames = _frames(args)
-    _attach(frames, _predict(unit, frames))
+    with _unit(args) as unit:
+        frames = _frames(args)
+        _attach(frames, _predict(unit, frames))
     ase.io.write(args.output, frames, format="extxyz")
     _console().print(f"{len(frames)} frames -> {args.output}")
     return 0
@@ -63,15 +64,16 @@ def evaluate(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("gnnmd evaluate", description=evaluate.__doc__)
     _add_common(parser)
     parser.add_argument("--plot", type=Path, default=Path("parity.png"), help="PNG to write (%(default)s)")
-    keys = LabelKeys()
-    for name in ("energy", "forces", "stress"):
+    defaults = LabelKeys()
+    for name in ("energy", "forces", "stress", "virial"):
         parser.add_argument(
-            f"--{name}-key", default=getattr(keys, name), help=f"label of the {name} (%(default)s)"
+            f"--{name}-key", default=getattr(defaults, name), help=f"label of the {name} (%(default)s)"
         )
     args = parser.parse_args(argv)
-    unit = _unit(args)
-    frames = _frames(args, LabelKeys(args.energy_key, args.forces_key, args.stress_key))
-    prediction, labels = _predict(unit, frames), AtomBatch.from_ase(frames)
+    with _unit(args) as unit:
+        keys = LabelKeys(args.energy_key, args.forces_key, args.stress_key, args.virial_key)
+        frames = _frames(args, keys)
+        prediction, labels = _predict(unit, frames), AtomBatch.from_ase(frames)
     meter, parity = ErrorMeter(per_element=True), Parity()
     meter.update(prediction, labels)
     parity.update(prediction, labels)
@@ -93,6 +95,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "input", help='whatever ASE reads, a DeePMD system, or "silver" for the built-in test set'
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--workers", type=int, help="spread every frame over so many GPUs (or processes)")
     parser.add_argument("--dtype", default="float32", help="float32 or float64 (%(default)s)")
     parser.add_argument("--tf32", action="store_true", help="TF32 matrix products on GPUs")
     parser.add_argument("--max-edges", type=int, help="most edges and atoms per call (default: what fits)")
@@ -101,7 +104,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _unit(args: argparse.Namespace) -> PredictUnit:
     settings = InferenceSettings(dtype=args.dtype, tf32=args.tf32, max_edges=args.max_edges)
-    return PredictUnit.from_checkpoint(args.checkpoint, device=args.device, settings=settings)
+    check_alone(args.workers)
+    return PredictUnit.from_checkpoint(
+        args.checkpoint, device=args.device, settings=settings, workers=args.workers
+    )
 
 
 def _frames(args: argparse.Namespace, keys: LabelKeys | None = None) -> list[Atoms]:

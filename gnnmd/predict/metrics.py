@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gnnmd.graph import AtomBatch
 from gnnmd.models.potential import Prediction
+from gnnmd.parallel import Mesh
 from gnnmd.units import MEV
 
 #: Quantity -> unit in which its errors are shown (a thousandth of eV/atom, eV/A, eV/A^3).
@@ -29,9 +30,16 @@ class ErrorMeter:
         self._per_element = per_element
         self.sums: dict[str, Tensor] = {}
 
-    def update(self, prediction: Prediction, labels: AtomBatch) -> None:
-        """Add one batch; predictions and labels on one device."""
-        self._add("energy", prediction.energy / labels.n_atoms, labels.energy / labels.n_atoms)
+    def update(self, prediction: Prediction, labels: AtomBatch, n_atoms: Tensor | None = None) -> None:
+        """Add one batch.
+
+        Args:
+            prediction: on the device of the labels.
+            labels: those of the atoms that this rank owns.
+            n_atoms: ``[B]`` atoms of each system over all ranks; None takes those of the labels.
+        """
+        n_atoms = labels.n_atoms if n_atoms is None else n_atoms
+        self._add("energy", prediction.energy / n_atoms, labels.energy / n_atoms)
         self._add("forces", prediction.forces, labels.forces)
         if prediction.stress is not None:
             self._add("stress", prediction.stress, labels.stress)
@@ -39,6 +47,23 @@ class ErrorMeter:
             rows = _error_sums(prediction.forces, labels.forces)  # [N, 3]
             table = self.sums.setdefault("elements", rows.new_zeros(119, 3))
             table.index_add_(0, labels.numbers, rows)
+
+    def total(self, mesh: Mesh) -> "ErrorMeter":
+        """Return the errors on all ranks; collective, and the ranks need not have seen the same quantities.
+
+        Forces are partial sums over the atoms that a rank owns, energies and stress are known in full to all
+        ranks that share a graph.
+        """
+        none = torch.zeros(3, dtype=torch.float64, device=mesh.world.device)
+        table = none.expand(119, 3)
+        rows = [mesh.once(self.sums.get(name, none), partial=name == "forces") for name in SHOWN_UNITS]
+        elements = [self.sums.get("elements", table)] if self._per_element else []
+        summed = mesh.world.sum(torch.cat([torch.stack(rows), *elements]))
+        total = ErrorMeter(per_element=self._per_element)
+        total.sums = dict(zip(SHOWN_UNITS, summed, strict=False))
+        if self._per_element:
+            total.sums["elements"] = summed[len(SHOWN_UNITS) :]
+        return total
 
     def errors(self) -> dict[str, float]:
         """Return ``energy_mae``, ``energy_rmse``, ``forces_mae``, ... in eV/atom, eV/A, eV/A^3.

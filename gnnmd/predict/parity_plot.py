@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gnnmd.graph import AtomBatch
 from gnnmd.models.potential import Prediction
+from gnnmd.parallel import Mesh
 from gnnmd.predict.metrics import SHOWN_UNITS
 from gnnmd.units import MEV
 
@@ -21,20 +23,32 @@ class Parity:
     def __init__(self) -> None:
         self._pairs: dict[str, list[np.ndarray]] = {name: [] for name in _AXES}
 
-    def update(self, prediction: Prediction, labels: AtomBatch) -> None:
-        """Add one batch."""
-        n_atoms = labels.n_atoms
+    def update(self, prediction: Prediction, labels: AtomBatch, n_atoms: Tensor | None = None) -> None:
+        """Add one batch; arguments as in `ErrorMeter.update`."""
+        n_atoms = labels.n_atoms if n_atoms is None else n_atoms
         self._add("energy", labels.energy / n_atoms, prediction.energy / n_atoms)
         self._add("forces", labels.forces, prediction.forces)
         if prediction.stress is not None:
             self._add("stress", labels.stress, prediction.stress)
+
+    def total(self, mesh: Mesh) -> "Parity":
+        """Return the pairs of all ranks, on the first; the others get none. Collective."""
+        total = Parity()
+        for name, parts in self._pairs.items():
+            mine = np.concatenate([np.empty((2, 0)), *parts], axis=1)
+            rows = torch.from_numpy(mine.T.copy()).to(mesh.world.device)
+            rows = rows if name == "forces" or mesh.gp.rank == 0 else rows[:0]  # see `ErrorMeter.total`
+            to_first = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+            (arrived,), _ = mesh.world.send_rows((rows,), to_first)
+            total._pairs[name].append(arrived.T.cpu().numpy())
+        return total
 
     def pairs(self) -> dict[str, np.ndarray]:
         """Return reference and prediction ``[2, M]`` by quantity, eV/atom, eV/A, eV/A^3."""
         joined = {name: np.concatenate(parts, axis=1) for name, parts in self._pairs.items() if parts}
         return {name: pairs for name, pairs in joined.items() if pairs.shape[1]}
 
-    def _add(self, name: str, reference: torch.Tensor, predicted: torch.Tensor) -> None:
+    def _add(self, name: str, reference: Tensor, predicted: Tensor) -> None:
         pairs = (
             torch.stack([reference.double().flatten(), predicted.detach().double().flatten()]).cpu().numpy()
         )

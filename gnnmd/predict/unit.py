@@ -1,46 +1,58 @@
-"""Energy, forces and stress of atoms, from one potential on one device."""
+"""Energy, forces and stress of atoms, from one potential on one device or on many."""
 
-import copy
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, replace
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
 
 import torch
 from ase import Atoms
-from torch import Tensor
 
-from gnnmd.graph import AtomBatch, NeighborList, neighbor_list
+from gnnmd.graph import AtomBatch, NeighborList, VerletList, neighbor_list
 from gnnmd.models.potential import Potential, Prediction
 from gnnmd.parallel import GPContext
-from gnnmd.predict.batching import edges_per_system, split_by_atoms, take_neighbors, take_systems
+from gnnmd.predict.batching import edges_per_system, next_stop, split_by_atoms, take_neighbors, take_systems
 from gnnmd.predict.checkpoint import CheckpointInfo, load_checkpoint
+from gnnmd.predict.evaluation import (
+    bytes_for_a_call,
+    check_systems,
+    count_saved_bytes,
+    frozen_copy,
+    joined,
+    on_cpu,
+    outside_inference_mode,
+    own_arithmetic,
+)
+from gnnmd.predict.partitioned import PartitionedPotential
 from gnnmd.predict.settings import InferenceSettings
-
-_T = TypeVar("_T", AtomBatch, NeighborList)
-
-#: Bytes of one call on a CPU. eSCN-MD with 64 channels takes 40 % longer per atom with four times as much.
-_CPU_BUDGET = 2**28
+from gnnmd.predict.workers import WorkerPotential, evaluated_by
 
 
 class PredictUnit:
     """A frozen copy of a potential on a device, with the settings it is evaluated with.
 
+    With ``workers=n`` every system is spread over n processes, one per GPU (or on the CPU), which are kept
+    until `close`, the end of a ``with`` block or of the program. In a program that torchrun or srun runs n
+    times, these n processes share the systems instead: all of them make the same calls and get the same
+    results.
+
     Args:
         potential: the model; it is copied and stays as it was.
         device: where to compute; None takes a GPU if there is one.
         settings: arithmetic, memory and outputs.
+        workers: number of processes; None computes in this one.
 
     Attributes:
-        potential: the copy that is evaluated.
-        device: where it is.
+        potential: the copy that is evaluated; with workers, the copy of this process, on the CPU.
+        device: where it is evaluated.
         settings: as given.
         info: what the checkpoint says about itself, if there was one.
+        workers: as given.
 
     Raises:
-        ValueError: the device does not exist here.
+        ValueError: the device does not exist here, or there are not as many GPUs or processes as workers.
     """
 
     def __init__(
@@ -49,19 +61,29 @@ class PredictUnit:
         *,
         device: str | torch.device | None = None,
         settings: InferenceSettings | None = None,
+        workers: int | None = None,
     ) -> None:
         self.settings = settings or InferenceSettings()
         self.device = _existing_device(device)
         self.info: CheckpointInfo | None = None
-        with torch.inference_mode(False):
-            self.potential = copy.deepcopy(potential).to(self.device, self.settings.torch_dtype)
-        self.potential.eval().requires_grad_(False)  # frozen weights: nothing of theirs is kept for backward
-        if self.settings.edge_chunk is not None:
-            self.potential.backbone.edge_chunk = self.settings.edge_chunk
-        if self.settings.compile:
-            self.potential.backbone.compile(dynamic=True)
+        self.workers = workers
+        self._together: PartitionedPotential | WorkerPotential | None = None
         self._bytes_per_row: float | None = None
         self._most_rows: float = self.settings.max_edges or float("inf")
+        stack = ExitStack()
+        self._close = weakref.finalize(self, stack.close)
+        if workers is None:
+            self.potential = frozen_copy(potential, self.device, self.settings)
+            return
+        if self.device.type == "cuda" and self.device.index is not None:
+            raise ValueError(
+                f"device={str(device)!r} is one GPU, but each worker takes its own: use device='cuda', and "
+                "CUDA_VISIBLE_DEVICES to choose which"
+            )
+        self.potential = frozen_copy(potential, torch.device("cpu"), self.settings)
+        self._together = stack.enter_context(
+            evaluated_by(workers, self.potential, self.settings, self.device.type)
+        )
 
     @classmethod
     def from_checkpoint(
@@ -70,10 +92,11 @@ class PredictUnit:
         *,
         device: str | torch.device | None = None,
         settings: InferenceSettings | None = None,
+        workers: int | None = None,
     ) -> "PredictUnit":
         """Load a checkpoint file, or one that comes with the package by name ("silver")."""
         potential, info = load_checkpoint(path)
-        unit = cls(potential, device=device, settings=settings)
+        unit = cls(potential, device=device, settings=settings, workers=workers)
         unit.info = info
         return unit
 
@@ -81,6 +104,18 @@ class PredictUnit:
     def r_cut(self) -> float:
         """Cutoff of the potential, Angstrom."""
         return self.potential.r_cut
+
+    def close(self) -> None:
+        """End the workers; without any, nothing."""
+        self._close()
+
+    def __enter__(self) -> "PredictUnit":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def predict(
         self,
@@ -104,6 +139,8 @@ class PredictUnit:
             ValueError: no systems, a system without atoms, positions that are not finite, or an element,
                 charge or dataset that the model does not know.
             MemoryError: one system alone does not fit the memory.
+            WorkerDied: a worker was killed, or the workers are closed.
+            RankFailure: the workers could not divide a system among them.
         """
         if not isinstance(atoms, AtomBatch):
             images = [atoms] if isinstance(atoms, Atoms) else list(atoms)
@@ -112,24 +149,34 @@ class PredictUnit:
             raise ValueError("predict got an empty batch; pass at least one system")
         parts: list[Prediction] = []
         for block in split_by_atoms(atoms, self.settings.max_atoms):
-            for part in self._evaluate_in_calls(block.to(self.device)):
+            check_systems(block)
+            together = self._together
+            calls = self._calls(block.to(self.device)) if together is None else _shared_calls(block, together)
+            for part in calls:
                 parts.append(part)
                 if progress:
                     progress(len(part.energy))
-        return _joined(parts)
+        return joined(parts)
 
     def evaluate(self, batch: AtomBatch, neighbors: NeighborList | None = None) -> Prediction:
         """Evaluate a batch in one call of the network, with a neighbour list that the caller may keep.
 
         Works inside the caller's ``torch.no_grad``, ``inference_mode`` or ``autocast``: forces are a
         derivative, so the call always computes with gradients, and in the arithmetic of the settings.
+
+        Raises:
+            ValueError: see `predict`; or a neighbour list for workers, who search for themselves.
         """
-        with _own_arithmetic(self.device, self.settings.tf32):
-            batch = _outside_inference_mode(batch).to(self.device)
+        if self._together is not None:
+            if neighbors is not None:
+                raise ValueError("workers search their neighbours themselves; leave neighbors away")
+            return self._together.evaluate(batch)[0]
+        with own_arithmetic(self.device, self.settings.tf32):
+            batch = outside_inference_mode(batch).to(self.device)
             check_systems(batch)
             if neighbors is None:
                 neighbors = self.neighbor_list(batch)
-            g = self.potential.graph(batch, _outside_inference_mode(neighbors))
+            g = self.potential.graph(batch, outside_inference_mode(neighbors))
             prediction = self.potential(
                 batch.positions,
                 g,
@@ -137,7 +184,7 @@ class PredictUnit:
                 stress=self.settings.stress,
                 descriptors=self.settings.descriptors,
             )
-        return _on_cpu(prediction)
+        return on_cpu(prediction)
 
     def neighbor_list(self, batch: AtomBatch) -> NeighborList:
         """Return the neighbour list of a batch within the potential's cutoff, on the unit's device."""
@@ -146,41 +193,38 @@ class PredictUnit:
             batch.to(self.device), self.r_cut, backend=self.settings.neighbors, max_neighbors=limit
         )
 
-    def _evaluate_in_calls(self, batch: AtomBatch) -> Iterator[Prediction]:
+    def _calls(self, batch: AtomBatch) -> Iterator[Prediction]:
         """Evaluate consecutive systems together as long as their rows (edges and atoms) fit the memory."""
-        check_systems(batch)
         neighbors = self.neighbor_list(batch)
         edges = edges_per_system(batch, neighbors)
         rows = [e + n for e, n in zip(edges, batch.n_atoms.tolist(), strict=True)]
         start = 0
         while start < batch.n_systems:
-            stop, n_rows, limit = start + 1, rows[start], self._row_limit()
-            while stop < batch.n_systems and n_rows + rows[stop] <= limit:
-                n_rows += rows[stop]
-                stop += 1
+            stop = next_stop(rows, start, self._row_limit())
             part = take_systems(batch, start, stop), take_neighbors(batch, neighbors, start, stop)
-            prediction = self._evaluate_or_shrink(*part, n_rows, single=stop == start + 1)
+            prediction = self._evaluate_or_shrink(*part, sum(rows[start:stop]))
             if prediction is not None:
                 yield prediction
                 start = stop
 
     def _evaluate_or_shrink(
-        self, batch: AtomBatch, neighbors: NeighborList, n_rows: int, *, single: bool
+        self, batch: AtomBatch, neighbors: NeighborList, n_rows: int
     ) -> Prediction | None:
         """Evaluate; when memory runs out, halve the limit for all later calls and return None."""
         try:
             if self._bytes_per_row is not None:
                 return self.evaluate(batch, neighbors)
-            with _count_saved_bytes() as saved:
+            with count_saved_bytes() as saved:
                 prediction = self.evaluate(batch, neighbors)
             if neighbors.shift.numel():  # a lone atom says nothing about edges
                 self._bytes_per_row = max(sum(saved.values()) / n_rows, 1.0)
             return prediction
         except torch.OutOfMemoryError as error:
-            if single:
+            if batch.n_systems == 1:
                 raise MemoryError(
                     f"a system of {len(batch.numbers)} atoms and {len(neighbors.shift)} edges does not fit "
-                    f"the memory of {self.device}. Set edge_chunk or dtype='float32', or use a larger device"
+                    f"the memory of {self.device}. Set edge_chunk or dtype='float32', spread it over several "
+                    "GPUs with workers=, or use a larger device"
                 ) from error
         torch.cuda.empty_cache()
         self._most_rows = n_rows // 2
@@ -197,12 +241,57 @@ class PredictUnit:
             return self._most_rows
         if self._bytes_per_row is None:
             return 0
-        if self.device.type == "cuda":
-            cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            budget = (torch.cuda.mem_get_info(self.device)[0] + cached) / 2  # half: backward needs room too
-        else:
-            budget = _CPU_BUDGET
-        return min(self._most_rows, budget / self._bytes_per_row)
+        return min(self._most_rows, bytes_for_a_call(self.device) / self._bytes_per_row)
+
+
+class Follower:
+    """A unit that evaluates systems on their way: dynamics, relaxation.
+
+    Neighbours are searched within ``r_cut + skin``, and again once an atom has moved by half the skin or
+    anything but the positions has changed; results are always those of a new search. Workers keep the list of
+    one system: followers that take turns search at every call.
+
+    Args:
+        unit: what evaluates.
+        skin: Angstrom; larger means fewer searches and more pairs to look through at each call.
+
+    Attributes:
+        n_builds: searches so far.
+
+    Raises:
+        ValueError: a negative skin.
+    """
+
+    def __init__(self, unit: PredictUnit, skin: float) -> None:
+        self._unit = unit
+        self._verlet = VerletList(unit.r_cut, skin, backend=unit.settings.neighbors)
+        self.n_builds = 0
+
+    def evaluate(self, batch: AtomBatch) -> Prediction:
+        """Evaluate a batch in one call of the network; see `PredictUnit.evaluate`."""
+        unit, together = self._unit, self._unit._together
+        if together is not None:
+            prediction, searched = together.evaluate(batch, self._verlet.skin)
+            self.n_builds += searched
+            return prediction
+        batch = batch.to(unit.device)
+        check_systems(batch)
+        if unit.potential.backbone.max_neighbors is not None:
+            self.n_builds += 1  # the nearest of a list with a skin are found by searching
+            return unit.evaluate(batch)
+        prediction = unit.evaluate(batch, self._verlet.update(batch))
+        self.n_builds = self._verlet.n_builds
+        return prediction
+
+
+def _shared_calls(batch: AtomBatch, together: PartitionedPotential | WorkerPotential) -> Iterator[Prediction]:
+    """Evaluate consecutive systems together as long as they fit the memory of the ranks."""
+    rows = together.rows(batch) if batch.n_systems > 1 else [0]
+    start = 0
+    while start < batch.n_systems:
+        stop = next_stop(rows, start, together.row_limit() if batch.n_systems > 1 else 0)
+        yield together.evaluate(take_systems(batch, start, stop))[0]
+        start = stop
 
 
 def without_labels(atoms: Atoms) -> Atoms:
@@ -222,72 +311,3 @@ def _existing_device(device: str | torch.device | None) -> torch.device:
             "and check CUDA_VISIBLE_DEVICES"
         )
     return device
-
-
-@contextmanager
-def _own_arithmetic(device: torch.device, tf32: bool) -> Iterator[None]:
-    """Compute with gradients and the unit's own rounding, whatever the caller has switched on."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        matmul.fp32_precision = before
-
-
-@contextmanager
-def _count_saved_bytes() -> Iterator[dict[int, int]]:
-    """Count what autograd keeps for the backward pass, {address: bytes}: the bulk of the memory of a call."""
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        yield saved
-
-
-def _outside_inference_mode(data: _T) -> _T:
-    """Clone tensors made in the caller's `torch.inference_mode`: autograd refuses to work on those."""
-    values: dict[str, Any] = {f.name: getattr(data, f.name) for f in fields(data)}
-    foreign = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.is_inference()}
-    clones: dict[str, Any] = {k: v.clone() for k, v in foreign.items()}
-    return replace(data, **clones)
-
-
-def check_systems(batch: AtomBatch) -> None:
-    """Raise ValueError for an empty system, or positions or cells that are not finite."""
-    empty = (batch.n_atoms == 0).nonzero()
-    if len(empty):
-        raise ValueError(f"system {int(empty[0])} has no atoms; leave it out")
-    bad = (~batch.positions.isfinite()).any(1).nonzero()
-    if len(bad):
-        atom = int(bad[0])
-        system = int(batch.system[atom])
-        within = atom - int((batch.system < system).sum())
-        raise ValueError(
-            f"atom {within} of system {system} is at {batch.positions[atom].tolist()} ({len(bad)} atoms in "
-            "all are not at a finite position); check where these positions come from"
-        )
-    bad = (~batch.cell.isfinite()).any(-1).any(-1).nonzero()
-    if len(bad):
-        raise ValueError(f"the cell of system {int(bad[0])} is not finite: {batch.cell[bad[0, 0]].tolist()}")
-
-
-def _on_cpu(prediction: Prediction) -> Prediction:
-    given: dict[str, Any] = {f.name: getattr(prediction, f.name) for f in fields(prediction)}
-    moved: dict[str, Any] = {k: v if v is None else v.to("cpu", torch.float64) for k, v in given.items()}
-    return Prediction(**moved)
-
-
-def _joined(parts: list[Prediction]) -> Prediction:
-    """Concatenate the predictions of consecutive systems."""
-    if len(parts) == 1:
-        return parts[0]
-    columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Prediction)}
-    joined: dict[str, Any] = {k: None if v[0] is None else torch.cat(v) for k, v in columns.items()}
-    return Prediction(**joined)

@@ -117,6 +117,17 @@ def test_replicas_share_the_batches(tmp_path: Path) -> None:
     assert sorted(seen) == energies(module.train_set)
 
 
+def test_ranks_that_share_graphs_list_edges_only_to_bound_batches(tmp_path: Path) -> None:
+    train = write_crystals(tmp_path / "a.extxyz", 5)
+    for max_edges, counted in ((None, False), (1000, True)):
+        config = DataConfig(train=train, val_split=1, max_edges=max_edges)
+        module = AtomsDataModule(config, R_CUT, share_graphs=True)
+        module.setup()
+        assert (module.train_set.n_edges is not None) is counted
+        assert (module.statistics.to_dict()["mean_edges"] is not None) is counted
+        assert "edge_index" not in next(iter(module.train_dataloader()))
+
+
 def test_splits_that_leave_nothing_are_refused(tmp_path: Path) -> None:
     train = write_crystals(tmp_path / "a.extxyz", 4)
     for options in ({"val_split": 0}, {"val_split": 4}, {"val_split": 2, "test_split": 2}):

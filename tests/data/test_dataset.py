@@ -78,6 +78,17 @@ def test_changing_an_item_leaves_the_data_set_alone() -> None:
     assert torch.equal(dataset[0].pos, AtomBatch.from_ase(frames()[0]).positions)
 
 
+def test_edges_are_counted_or_left_out_for_ranks_that_share_them() -> None:
+    kept = AtomsDataset(frames(), 4.0)
+    counted, skipped = (AtomsDataset(frames(), 4.0, edges=edges) for edges in ("count", "skip"))
+    assert torch.equal(counted.n_edges, kept.n_edges)
+    assert skipped.n_edges is None
+    for dataset in (counted, skipped):
+        batch = Batch.from_data_list([dataset[i] for i in range(4)])
+        assert "edge_index" not in batch
+        assert torch.equal(AtomBatch.from_data(batch).system, AtomBatch.from_ase(frames()).system)
+
+
 def test_no_frames_are_refused() -> None:
     with pytest.raises(ValueError, match="got no frames"):
         AtomsDataset([], 4.0)

@@ -84,6 +84,27 @@ def test_an_aselmdb_file_is_not_changed_by_reading(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.aselmdb"]
 
 
+def test_a_virial_becomes_the_stress_of_a_frame_that_has_none(tmp_path: Path) -> None:
+    atoms = crystal()
+    stress = atoms.get_stress(voigt=False)
+    atoms.info["virial"] = -stress * atoms.get_volume()
+    atoms.info["w"] = 2 * atoms.info["virial"]
+    del atoms.calc.results["stress"]
+    open_cluster = atoms.copy()
+    open_cluster.cell, open_cluster.pbc = None, False
+    write(tmp_path / "a.extxyz", [atoms, open_cluster])
+    read, cluster = read_frames(tmp_path / "a.extxyz")
+    np.testing.assert_allclose(read.get_stress(voigt=False), stress, atol=1e-8)
+    assert "virial" not in read.info
+    assert cluster.calc is None
+    (read,) = read_frames(tmp_path / "a.extxyz@0", keys=LabelKeys(virial="w"))
+    np.testing.assert_allclose(read.get_stress(voigt=False), 2 * stress, atol=1e-8)
+    atoms.info["stress"] = np.eye(3)  # what is given as a stress comes first
+    write(tmp_path / "a.extxyz", atoms)
+    (read,) = read_frames(tmp_path / "a.extxyz")
+    np.testing.assert_allclose(read.get_stress(voigt=False), np.eye(3), atol=1e-8)
+
+
 def test_label_keys_choose_among_levels_of_theory(tmp_path: Path) -> None:
     atoms = crystal()  # labels under ASE's names, others beside them
     atoms.info.update(e_ccsd=-40.0, s_ccsd=np.arange(9.0).reshape(3, 3))

@@ -88,6 +88,22 @@ def test_replicas_get_equally_many_batches_of_disjoint_frames(
         assert len(seen) < len(sizes) + replicas
 
 
+@given(sizes=SIZES, replicas=st.integers(1, 4), accumulate=st.integers(1, 4), epoch=st.integers(0, 3))
+@settings(deadline=None)
+def test_epochs_are_whole_steps_and_repeated_frames_are_known(
+    sizes: list[tuple[int, int]], replicas: int, accumulate: int, epoch: int
+) -> None:
+    first, repeated = [], []
+    for rank in range(replicas):
+        sampler = make(sizes, max_atoms=100, num_replicas=replicas, rank=rank, accumulate=accumulate)
+        sampler.set_epoch(epoch)
+        assert len(sampler) % accumulate == 0
+        for position, batch in enumerate(sampler):
+            (repeated if sampler.repeats(position) else first).extend(batch)
+    assert sorted(first) == list(range(len(sizes)))
+    assert set(repeated) <= set(first)
+
+
 def test_too_few_frames_for_the_replicas_are_repeated() -> None:
     shares = [list(make([(5, 0)] * 3, max_frames=1, num_replicas=4, rank=r)) for r in range(4)]
     assert sorted(len(share) for share in shares) == [1, 1, 1, 1]
@@ -147,5 +163,7 @@ def test_a_frame_above_the_bound_goes_alone_with_one_warning() -> None:
 def test_settings_without_sense_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make([(1, 1)], **options)
+    with pytest.raises(ValueError, match="max_edges=5 needs the number of edges"):
+        AtomsBatchSampler([1], None, max_edges=5)
     with pytest.raises(ValueError, match="there are no frames"):
         make([], max_frames=1)

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def everything(atoms: Atoms) -> dict[str, np.ndarray]:
 def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        assert_allclose(a[name], b[name], atol=1e-12, rtol=0, err_msg=name)
+        assert_allclose(a[name], b[name], atol=1e-12, rtol=1e-13, err_msg=name)
 
 
 def test_results_are_those_of_the_unit() -> None:
@@ -147,6 +147,61 @@ def test_whatever_changes_between_calls_gives_what_a_fresh_calculator_gives(
     assert_same(everything(atoms), results(atoms))
     if change in (charge, level_of_theory):
         assert abs(atoms.get_potential_energy() - before["energy"]) > 0.1
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[PredictUnit]:
+    """The same potential in two processes."""
+    potential = lennard_jones(datasets=("pbe", "scan"))
+    with PredictUnit(potential, device="cpu", settings=FLOAT64, workers=2) as unit:
+        yield unit
+
+
+def test_changes_between_calls_reach_the_workers(shared: PredictUnit) -> None:
+    calculator = GNNMDCalculator(shared, dataset="pbe", skin=1.0)
+    for change in CHANGES:
+        atoms = crystal()
+        atoms.calc = calculator
+        everything(atoms)
+        change(atoms)
+        assert_same(everything(atoms), results(atoms))
+        atoms.rattle(0.05, seed=2)
+        assert_same(everything(atoms), results(atoms))
+    atoms += Atoms("Ag", [[0.1, 0.2, -2.5]])
+    assert_same(everything(atoms), results(atoms))
+    water = molecule("H2O")
+    water.calc = calculator
+    assert_same(everything(water), results(water))
+
+
+def test_workers_keep_their_plan_along_dynamics_with_wrapping(shared: PredictUnit) -> None:
+    atoms = bulk("Ag", cubic=True) * (2, 2, 5)
+    atoms.set_velocities(np.random.default_rng(0).normal(scale=0.03, size=(80, 3)))  # 1200 K
+    atoms.calc = GNNMDCalculator(shared, dataset="pbe", skin=0.8)
+    dynamics = VelocityVerlet(atoms, 4 * fs)
+    wrapped = 0
+    for step in range(24):
+        dynamics.step()
+        before = atoms.positions.copy()
+        atoms.wrap()
+        wrapped += int((np.abs(atoms.positions - before) > 1).any())
+        if step % 8 == 7:
+            shear(atoms)
+        assert_same(everything(atoms), results(atoms))
+    assert wrapped > 5
+    assert 2 <= atoms.calc.n_builds <= 8  # neither never nor always, and never for wrapping
+
+
+def test_workers_of_a_model_with_a_limit_of_neighbours_search_every_time() -> None:
+    potential = lennard_jones()
+    potential.backbone.max_neighbors = 8
+    atoms, alone = crystal(), PredictUnit(potential, device="cpu", settings=FLOAT64)
+    with PredictUnit(potential, device="cpu", settings=FLOAT64, workers=1) as unit:
+        atoms.calc = GNNMDCalculator(unit, skin=1.0)
+        for n_builds in (1, 2, 3):
+            atoms.rattle(0.02, seed=n_builds)
+            assert_allclose(atoms.get_forces(), alone.predict(atoms).forces, atol=1e-12)
+            assert atoms.calc.n_builds == n_builds
 
 
 @pytest.mark.parametrize("key", ["charge", "dataset"])

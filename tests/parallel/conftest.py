@@ -3,15 +3,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.parallel.pool import WorkerPool
-
-
-@pytest.fixture(scope="session")
-def pool() -> Iterator[WorkerPool]:
-    pool = WorkerPool()
-    yield pool
-    pool.close()
-
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:

@@ -88,7 +88,7 @@ class WorkerPool:
     def _start(self, size: int) -> None:
         # The fork server imports torch once; its children start in milliseconds and share the pages.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "gnnmd.parallel", "ase"])
+        context.set_forkserver_preload(["torch.distributed", "gnnmd.training.run", "ase"])
         # One thread each: eight processes share two cores. Read when the fork server imports torch.
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"

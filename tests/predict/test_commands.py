@@ -67,6 +67,20 @@ def frames() -> list[Atoms]:
     return [crystal, ethanol, bulk("Ag")]
 
 
+def test_workers_of_a_command(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("in.extxyz", frames())
+    command = [checkpoint, "in.extxyz", "--device", "cpu", "--dtype", "float64", "-o"]
+    assert predict([*command, "one.extxyz"]) == predict([*command, "two.extxyz", "--workers", "1"]) == 0
+    for one, two in zip(read("one.extxyz", ":"), read("two.extxyz", ":"), strict=True):
+        assert_allclose(two.get_potential_energy(), one.get_potential_energy(), atol=1e-7)
+        assert_allclose(two.get_forces(), one.get_forces(), atol=1e-7)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="workers=2, but 2 processes run this command: start it once"):
+        predict([*command, "three.extxyz", "--workers", "2"])
+    assert not Path("three.extxyz").exists()
+
+
 def test_predictions_are_written_frame_by_frame(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     write("in.extxyz", frames())
     assert (

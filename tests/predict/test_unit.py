@@ -70,13 +70,13 @@ def test_limits_bound_the_calls() -> None:
 
 def test_memory_of_an_edge_is_measured_once_and_decides_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     images = [bulk("Ag", cubic=True)] * 10
-    monkeypatch.setattr("gnnmd.predict.unit._CPU_BUDGET", 0)  # room for nothing: one system per call
+    monkeypatch.setattr("gnnmd.predict.evaluation._CPU_BUDGET", 0)  # room for nothing: one system per call
     one = unit()
     one.predict([Atoms("Ag"), *images])
     assert one.potential.backbone.n_calls == 11
     # r, its powers, the switch and the pair energies, 8 bytes each
     assert 5 * 8 < one._bytes_per_row < 60 * 8
-    monkeypatch.setattr("gnnmd.predict.unit._CPU_BUDGET", 2.5 * 76 * one._bytes_per_row)
+    monkeypatch.setattr("gnnmd.predict.evaluation._CPU_BUDGET", 2.5 * 76 * one._bytes_per_row)
     one.potential.backbone.n_calls = 0
     one.predict(images)
     assert one.potential.backbone.n_calls == 5
