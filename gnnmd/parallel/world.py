@@ -72,12 +72,15 @@ class World:
             ValueError: this host has fewer GPUs than processes.
         """
         if device == "cuda":
-            if self.local_rank >= torch.cuda.device_count():
+            n_gpus = torch.cuda.device_count()
+            # srun --gpus-per-task shows every process one GPU, its own. NCCL refuses one that is shared.
+            index = 0 if n_gpus == 1 else self.local_rank
+            if index >= n_gpus:
                 raise ValueError(
-                    f"process {self.local_rank} of this host has no GPU: torch sees "
-                    f"{torch.cuda.device_count()}. Start one process per GPU, or use the CPU"
+                    f"process {self.local_rank} of this host has no GPU: torch sees {n_gpus}. Start one "
+                    "process per GPU, or use the CPU"
                 )
-            torch.cuda.set_device(self.local_rank)
+            torch.cuda.set_device(index)
         if dist.is_initialized():
             yield Ranks(dist.group.WORLD)
             return
