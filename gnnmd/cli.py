@@ -44,6 +44,7 @@ Train a potential. Without arguments: the default model on the built-in silver s
   gnnmd train resume=runs/2026-01-31_12-00-00-silver        continue exactly where it stopped (or resume=auto)
   gnnmd train init_from=best.safetensors optim=finetune data=extxyz data.train=mine.xyz
   gnnmd train runs/2026-01-31_12-00-00-silver/config.yaml   the same run again
+  gnnmd train parallel.gp=4                                 4 GPUs share every structure (dp=4: split them)
   gnnmd train heads=direct name=pre                         cheap pre-training; then: init_from=runs/...-pre
 """
 

@@ -54,7 +54,8 @@ class ErrorMeter:
         Forces are partial sums over the atoms that a rank owns, energies and stress are known in full to all
         ranks that share a graph.
         """
-        none = torch.zeros(3, dtype=torch.float64, device=mesh.world.device)
+        device = next((s.device for s in self.sums.values()), mesh.world.device)
+        none = torch.zeros(3, dtype=torch.float64, device=device)
         table = none.expand(119, 3)
         rows = [mesh.once(self.sums.get(name, none), partial=name == "forces") for name in SHOWN_UNITS]
         elements = [self.sums.get("elements", table)] if self._per_element else []

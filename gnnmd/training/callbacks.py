@@ -1,4 +1,4 @@
-"""What a run keeps: the best and the last model, the state to resume from, also after Ctrl-C."""
+"""When a run stops, and what it keeps: the best and the last model, the state to resume from."""
 
 import math
 import os
@@ -7,11 +7,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gnnmd.models.potential import Potential
+from gnnmd.parallel import Mesh
 from gnnmd.training.module import PotentialModule
 
 STATE = "last.ckpt"
@@ -19,27 +21,50 @@ BEST = "best.safetensors"
 LAST = "last.safetensors"
 
 
+class Pace(NamedTuple):
+    """How many batches make a step and an epoch, on every replica: a run is resumed at the same pace only."""
+
+    batches_per_epoch: int
+    batches_per_step: int
+
+
 class Checkpoints(Callback):
     """Writes three files into the run folder, each in one step so that none is ever half written.
+
+    Runs on every rank, since collecting the state needs all of them; the first one writes.
 
     - ``best.safetensors``: the model (averaged weights) of the lowest validation loss;
     - ``last.safetensors``: the model at the end, or when the run was interrupted;
     - ``last.ckpt``: the whole state, to resume.
     """
 
-    def __init__(self, folder: Path, export: Callable[[Path, Potential, dict[str, Any]], None]) -> None:
-        self._folder = folder
-        self._export = export
+    def __init__(
+        self, folder: Path, export: Callable[[Path, Potential, dict[str, Any]], None], pace: Pace
+    ) -> None:
+        self._folder, self._export, self._pace = folder, export, pace
         self.best = math.inf
         self.interrupted = False
         self._saved_mid_epoch = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the lowest validation loss so far."""
-        return {"best": self.best}
+        """Return the lowest validation loss so far, and the pace."""
+        return {"best": self.best, **self._pace._asdict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore it.
+
+        Raises:
+            ValueError: steps and epochs mean something else now.
+        """
+        before = Pace(*(state_dict[name] for name in Pace._fields))
+        if before != self._pace:
+            raise ValueError(
+                f"the run to resume took {before.batches_per_epoch} batches per epoch and "
+                f"{before.batches_per_step} per step on every replica; this one would take "
+                f"{self._pace.batches_per_epoch} and {self._pace.batches_per_step}, and be elsewhere in its "
+                "epoch and its learning rate. Keep the data, trainer.accumulate, and the product of "
+                "parallel.dp and data.max_frames (max_atoms, max_edges), or start a new run with init_from"
+            )
         self.best = state_dict["best"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -68,7 +93,7 @@ class Checkpoints(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep what there is after Ctrl-C; weights that led to an error are not worth keeping."""
         assert isinstance(pl_module, PotentialModule)
-        if isinstance(exception, KeyboardInterrupt):
+        if isinstance(exception, KeyboardInterrupt) and pl_module.mesh.world.size == 1:
             self.interrupted = True
             self._save_state(trainer)
             self._write_model(LAST, trainer, pl_module)
@@ -76,9 +101,12 @@ class Checkpoints(Callback):
     def _save_state(self, trainer: Trainer) -> None:
         partial = self._folder / f".{STATE}.partial"
         trainer.save_checkpoint(partial, weights_only=False)
-        os.replace(partial, self._folder / STATE)
+        if trainer.is_global_zero:
+            os.replace(partial, self._folder / STATE)
 
     def _write_model(self, name: str, trainer: Trainer, module: PotentialModule) -> None:
+        if not trainer.is_global_zero:
+            return
         summary = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
@@ -87,38 +115,69 @@ class Checkpoints(Callback):
         self._export(self._folder / name, module.average, {**summary, "val_errors": dict(module.val_errors)})
 
 
-class StopOnInterrupt(Callback):
-    """Turns the first Ctrl-C into "stop after this step": the saved state is one between two steps."""
+class StopBetweenSteps(Callback):
+    """Lets all ranks stop after the same step, whoever wants to stop and whenever he says so.
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._before: Any = None
-        self.interrupted = False
+    Reasons are Ctrl-C, SIGTERM (the end of a job's time) and ``trainer.should_stop`` of a time limit. They
+    reach ranks at different steps, and between batches whose gradients are being accumulated; the ranks
+    agree after the step.
+
+    Attributes:
+        interrupted: stopped by a signal.
+    """
+
+    def __init__(self, say: Callable[[str], None], mesh: Mesh) -> None:
+        self._say, self._mesh = say, mesh
+        self._before: dict[int, Any] = {}
+        self._signalled = self._asked = self.interrupted = False
+        self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen for the signal; Python delivers it to the main thread only."""
+        """Listen for signals; Python delivers them to the main thread only."""
+        self._step = trainer.global_step
         if threading.current_thread() is not threading.main_thread():
             return
 
         def stop(signum: int, frame: FrameType | None) -> None:
-            if self.interrupted:
+            # torchrun repeats what the terminal has sent already, and one rank must not leave the others
+            # alone: with many ranks only the first signal counts.
+            if self._signalled and self._mesh.world.size == 1:
                 raise KeyboardInterrupt
-            self.interrupted = True
-            trainer.should_stop = True
-            self._say("Ctrl-C: stopping after this step; once more stops at once")
+            if not self._signalled:
+                self._say("interrupted: stopping after this step; Ctrl-C once more stops at once")
+            self._signalled = True
 
-        self._before = signal.signal(signal.SIGINT, stop)
+        self._before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Agree, if this batch completed a step."""
+        self._asked |= trainer.should_stop
+        trainer.should_stop = False
+        if trainer.global_step > self._step:
+            self._step = trainer.global_step
+            self._agree(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Agree: a validation can take as long as many steps."""
+        self._asked |= trainer.should_stop
+        self._agree(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signal back."""
+        """Give the signals back."""
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signal back."""
+        """Give the signals back."""
         self.interrupted = self.interrupted or isinstance(exception, KeyboardInterrupt)
         self._restore()
 
+    def _agree(self, trainer: Trainer) -> None:
+        world = self._mesh.world
+        mine = 2 if self._signalled else int(self._asked)
+        wish = int(world.max(torch.tensor(mine, device=world.device)))
+        trainer.should_stop, self.interrupted = wish > 0, wish == 2
+
     def _restore(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -10,6 +10,7 @@ from gnnmd.data.dataset import AtomsDataset
 from gnnmd.data.statistics import element_references
 from gnnmd.models.build import build_potential, from_dict
 from gnnmd.models.potential import Potential
+from gnnmd.parallel import Ranks
 from gnnmd.predict.checkpoint import CheckpointInfo
 from gnnmd.training.callbacks import BEST
 from gnnmd.training.module import labelled_graph, predict
@@ -79,22 +80,28 @@ def start_from(
     return potential, "\n".join(lines)
 
 
-def refit_references(potential: Potential, dataset: AtomsDataset) -> None:
+def refit_references(potential: Potential, dataset: AtomsDataset, ranks: Ranks | None = None) -> None:
     """Shift the reference energy of every element to fit the energies of ``dataset`` best.
 
     Fitted to what the network leaves over, not to the raw energies: the references of a second fit to raw
     energies would add the cohesive energy, which the network already predicts, a second time.
+
+    Args:
+        potential: on the device of the ranks.
+        dataset: energies to fit.
+        ranks: they evaluate every frame together; None is this process alone.
     """
     frames = torch.linspace(0, len(dataset) - 1, min(len(dataset), REFERENCE_FRAMES)).long()
     rests, compositions = [], []
     training = potential.training
     potential.eval()
     for i in frames.tolist():
-        batch = labelled_graph(potential, dataset[i])
+        batch = labelled_graph(potential, dataset[i], ranks)
         if batch.labels.energy.isfinite().all():
-            rests.append(batch.labels.energy - predict(potential, batch, stress=False).energy)
-            compositions.append(torch.bincount(batch.labels.numbers, minlength=119)[None])
+            rest = batch.labels.energy - predict(potential, batch, stress=False).energy
+            rests.append(rest.cpu())
+            compositions.append(torch.bincount(dataset[i].z, minlength=119)[None])
     potential.train(training)
     if rests:
         change, _ = element_references(torch.cat(rests), torch.cat(compositions))
-        potential.element_energies += change
+        potential.element_energies += change.to(potential.element_energies.device)

@@ -52,20 +52,21 @@ class History(Callback):
         self._epoch_start = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the row of this epoch.
+        """Write the row of this epoch: the same numbers on every rank, one of which writes.
 
         Raises:
             FloatingPointError: the loss is no longer a number.
         """
         assert isinstance(pl_module, PotentialModule)
-        total, steps = pl_module.train_loss.tolist()
-        train_loss = total / max(1.0, steps)
+        errors, loss = pl_module.epoch_errors()
+        total, batches = loss.tolist()
+        train_loss = total / max(1.0, batches)
         if not math.isfinite(train_loss):
             raise FloatingPointError(
                 f"the training diverged in epoch {trainer.current_epoch + 1} (loss {train_loss}). Lower "
                 f"optim.lr (now {pl_module.optim.lr:g}) or optim.clip_norm, or look for outliers in the data"
             )
-        train, val = pl_module.train_errors.errors(), pl_module.val_errors
+        train, val = errors.errors(), pl_module.val_errors
         spent = time.monotonic() - self._epoch_start
         before = float(self._rows[-1]["seconds"]) if self._rows else 0.0
         values: dict[str, Any] = {
@@ -80,7 +81,8 @@ class History(Callback):
             values |= {"val_loss": pl_module.val_loss}
             values |= {f"val_{name}": error for name, error in val.items()}
         self._rows.append({name: repr(values[name]) if name in values else "" for name in COLUMNS})
-        self._write()
+        if trainer.is_global_zero:
+            self._write()
         for logger in trainer.loggers:
             logger.log_metrics({k: float(v) for k, v in values.items()}, step=trainer.global_step)
         self._print(values, spent)
@@ -122,7 +124,7 @@ class LiveBar(Callback):
         assert isinstance(pl_module, PotentialModule)
         if time.monotonic() - self._shown < 0.5:
             return
-        errors = pl_module.train_errors.errors()
+        errors = pl_module.train_errors.errors()  # of the atoms this rank owns
         shown = [
             f"{name} {errors[f'{name}_mae'] * MEV:.1f} {SHOWN_UNITS[name]}"
             for name in ("energy", "forces")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gnnmd.graph import AtomBatch
 from gnnmd.models.potential import Prediction
-from gnnmd.parallel import GPContext
+from gnnmd.parallel import GPContext, Mesh
 from gnnmd.training.schedule import RampConfig, ramp
 
 
@@ -92,12 +92,6 @@ class LossSum:
     count: Tensor
     partial: bool = False
 
-    def mean(self, gp: GPContext) -> Tensor:
-        """Return the mean over the labels of all ranks; 0 where there is no label."""
-        total = gp.sum_ranks(self.total) if self.partial else self.total
-        count = gp.sum_ranks(self.count) if self.partial else self.count
-        return total / count.clamp(min=1)
-
 
 def loss_sums(
     config: LossConfig, terms: set[str], prediction: Prediction, labels: AtomBatch, n_atoms: Tensor
@@ -126,9 +120,27 @@ def loss_sums(
     return sums
 
 
-def weighted_sum(sums: dict[str, LossSum], weights: dict[str, float], gp: GPContext) -> Tensor:
-    """Return the loss: the weighted sum of the terms' means over all ranks."""
-    return torch.stack([weights[name] * sums[name].mean(gp) for name in sums]).sum()
+def weighted_sum(
+    sums: dict[str, LossSum], weights: dict[str, float], gp: GPContext, mesh: Mesh | None = None
+) -> Tensor:
+    """Return the loss: the weighted sum of the terms' means over the labels of all ranks; collective.
+
+    Its mean over replicas is that loss; its gradient, summed over the ranks that share a graph and averaged
+    over replicas, the gradient. A term without any label is 0.
+
+    Args:
+        sums: terms on this rank.
+        weights: by term.
+        gp: how this rank shares its graph.
+        mesh: all processes; None is this one alone.
+    """
+    mesh = mesh or Mesh()
+    counts = mesh.world.sum(torch.stack([mesh.once(s.count, partial=s.partial) for s in sums.values()]))
+    terms = [
+        weights[name] * (mesh.n_replicas * (gp.sum_ranks(s.total) if s.partial else s.total)) / count
+        for (name, s), count in zip(sums.items(), counts.clamp(min=1), strict=True)
+    ]
+    return torch.stack(terms).sum()
 
 
 def _component_sum(config: TermConfig, predicted: Tensor, label: Tensor, known: Tensor) -> LossSum:

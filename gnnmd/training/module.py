@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gnnmd.data.datamodule import AtomsLoader
 from gnnmd.graph import AtomBatch, AtomGraph, NeighborList
 from gnnmd.models.potential import Potential, Prediction
-from gnnmd.parallel import GPContext
+from gnnmd.parallel import GPContext, Mesh, Ranks
 from gnnmd.predict.metrics import ErrorMeter
 from gnnmd.training.losses import LossConfig, loss_sums, weighted_sum
 from gnnmd.training.optim import OptimConfig, build_optimizer, update_average
@@ -20,14 +21,21 @@ from gnnmd.training.optim import OptimConfig, build_optimizer, update_average
 
 @dataclass(frozen=True)
 class LabelledGraph:
-    """A batch with its graph, on one device."""
+    """A batch with its graph, or one rank's share of both, on one device.
+
+    Attributes:
+        labels: per-atom rows are those of the atoms this rank owns, per-system ones are complete.
+        graph: owned and ghost atoms.
+        gp: how the ghosts' rows are fetched.
+    """
 
     labels: AtomBatch
     graph: AtomGraph
+    gp: GPContext
 
     def to(self, device: torch.device) -> "LabelledGraph":
-        """Return the batch and its graph on ``device``."""
-        return LabelledGraph(self.labels.to(device), self.graph.to(device))
+        """Return the batch and its graph on ``device``; a share is where its ranks are already."""
+        return replace(self, labels=self.labels.to(device), graph=self.graph.to(device))
 
 
 class PotentialModule(LightningModule):
@@ -43,6 +51,9 @@ class PotentialModule(LightningModule):
         val_errors: errors of this epoch's validation, eV/atom, eV/A, eV/A^3; empty where there was none.
         val_loss: loss of the last validation, with the weights of the end of the training so that epochs
             compare.
+
+    Losses and errors of an epoch are this rank's share while it lasts; `epoch_errors` adds those of the
+    others.
     """
 
     def __init__(
@@ -53,21 +64,33 @@ class PotentialModule(LightningModule):
         total_steps: int,
         *,
         autocast: torch.dtype | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
+        """Take over the potential.
+
+        Args:
+            potential: to be trained.
+            loss: what is minimised.
+            optim: how.
+            total_steps: of the whole training.
+            autocast: arithmetic of the backbone's matrix products; None leaves it.
+            mesh: the processes that train together; None is this one alone.
+        """
         super().__init__()
+        self.mesh = mesh or Mesh()
         self.potential = potential
         self.average = copy.deepcopy(potential).requires_grad_(False).eval()
         self.loss = loss
         self.optim = optim
         self._total_steps = total_steps
         self.train_errors = ErrorMeter()
-        self.train_loss = torch.zeros(2, dtype=torch.float64)  # sum over steps, number of steps
+        self._train_loss = torch.zeros(2, dtype=torch.float64)  # sum over batches, number of batches
         self.val_errors: dict[str, float] = {}
         self.val_loss = float("nan")
         self._random_state: Tensor | None = None
-        self._cuda_random_state: list[Tensor] | None = None
+        self._cuda_random_state: Tensor | None = None
         self._val_meter = ErrorMeter()
-        self._val_sums: list[dict[str, Tensor]] = []
+        self._val_sums: dict[str, Tensor] = {}
         if autocast is not None:
             _autocast_backbone(potential, autocast)
 
@@ -78,8 +101,8 @@ class PotentialModule(LightningModule):
         return self
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> LabelledGraph:
-        """Build the graph on the CPU, where looking at its values costs no synchronisation."""
-        return labelled_graph(self.potential, batch)
+        """Build the graph: on the CPU, where looking at its values costs no synchronisation, or shared."""
+        return labelled_graph(self.potential, batch, self.mesh.gp)
 
     def transfer_batch_to_device(
         self, batch: LabelledGraph, device: torch.device, dataloader_idx: int
@@ -90,12 +113,11 @@ class PotentialModule(LightningModule):
     def training_step(self, batch: LabelledGraph, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         weights = self.loss.weights(self.global_step / max(1, self._total_steps))
-        gp = GPContext.single(len(batch.labels.numbers))
-        prediction = self.potential(batch.labels.positions, batch.graph, gp, stress="stress" in weights)
+        prediction = self.potential(batch.labels.positions, batch.graph, batch.gp, stress="stress" in weights)
         sums = loss_sums(self.loss, set(weights), prediction, batch.labels, batch.graph.n_atoms)
-        loss = weighted_sum(sums, weights, gp)
-        self.train_errors.update(prediction, batch.labels)
-        self.train_loss = self.train_loss.to(loss.device) + torch.stack(
+        loss = weighted_sum(sums, weights, batch.gp, self.mesh)
+        self.train_errors.update(prediction, batch.labels, batch.graph.n_atoms)
+        self._train_loss = self._train_loss.to(loss.device) + torch.stack(
             [loss.detach(), torch.ones_like(loss)]
         )
         return loss
@@ -111,30 +133,47 @@ class PotentialModule(LightningModule):
     def on_train_epoch_start(self) -> None:
         """Start counting errors afresh."""
         self.train_errors = ErrorMeter()
-        self.train_loss = torch.zeros_like(self.train_loss)
+        self._train_loss = torch.zeros_like(self._train_loss)
         self.val_errors = {}
+
+    def epoch_errors(self) -> tuple[ErrorMeter, Tensor]:
+        """Return the errors of this epoch's training, and sum and number of its losses; collective.
+
+        The loss of a batch is the mean of what the replicas call so; all ranks of a replica agree on it.
+        """
+        world = self.mesh.world
+        return self.train_errors.total(self.mesh), world.sum(self._train_loss) / world.size
 
     def on_validation_epoch_start(self) -> None:
         """Start counting errors afresh."""
-        self._val_meter, self._val_sums = ErrorMeter(), []
+        self._val_meter, self._val_sums = ErrorMeter(), {}
 
     def validation_step(self, batch: LabelledGraph, batch_idx: int) -> None:
-        """Add the errors of one batch."""
+        """Add the errors of one batch, unless another replica has it too."""
+        loader = self.trainer.val_dataloaders
+        assert isinstance(loader, AtomsLoader)
+        if loader.repeats(batch_idx):
+            return
         weights = self.loss.weights(1.0)
         prediction = predict(self.average, batch, stress="stress" in weights)
-        self._val_meter.update(prediction, batch.labels)
+        self._val_meter.update(prediction, batch.labels, batch.graph.n_atoms)
         sums = loss_sums(self.loss, set(weights), prediction, batch.labels, batch.graph.n_atoms)
-        self._val_sums.append({name: torch.stack([s.total, s.count]) for name, s in sums.items()})
+        for name, s in sums.items():
+            # Ranks that know a sum in full all add it, with its count: the mean is the same.
+            mine = torch.stack([s.total, s.count])
+            self._val_sums[name] = self._val_sums[name] + mine if name in self._val_sums else mine
 
     def on_validation_epoch_end(self) -> None:
-        """Divide sums by counts, once."""
+        """Add the sums of all ranks and divide them by the counts, once."""
         weights = self.loss.weights(1.0)
-        loss = 0.0
-        for name in self._val_sums[0]:
-            total, count = torch.stack([sums[name] for sums in self._val_sums]).sum(0).tolist()
-            loss += weights[name] * total / max(1.0, count)
-        self.val_errors, self.val_loss = self._val_meter.errors(), loss
-        self.log("val_loss", loss, logger=False)  # for early stopping
+        none = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = self.mesh.world.sum(torch.stack([self._val_sums.get(name, none) for name in weights]))
+        self.val_loss = sum(
+            weight * total / max(1.0, count)
+            for weight, (total, count) in zip(weights.values(), sums.tolist(), strict=True)
+        )
+        self.val_errors = self._val_meter.total(self.mesh).errors()
+        self.log("val_loss", self.val_loss, logger=False)  # for early stopping
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and its schedule, stepped every step."""
@@ -152,39 +191,63 @@ class PotentialModule(LightningModule):
             torch.nn.utils.clip_grad_norm_(self.potential.parameters(), self.optim.clip_norm, foreach=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the errors of the epoch that is under way, and the random state."""
-        checkpoint["epoch_errors"] = {"sums": dict(self.train_errors.sums), "loss": self.train_loss}
+        """Store the errors of the epoch that is under way, and the random state; collective."""
+        errors, loss = self.epoch_errors()
+        checkpoint["epoch_errors"] = {"sums": errors.sums, "loss": loss}
         checkpoint["random_state"] = torch.get_rng_state()
         if torch.cuda.is_available():
-            checkpoint["cuda_random_state"] = torch.cuda.get_rng_state_all()
+            checkpoint["cuda_random_state"] = torch.cuda.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what `on_save_checkpoint` stored."""
-        self.train_errors.sums = dict(checkpoint["epoch_errors"]["sums"])
-        self.train_loss = checkpoint["epoch_errors"]["loss"]
+        if self.mesh.world.rank == 0:  # sums over all ranks
+            self.train_errors.sums = dict(checkpoint["epoch_errors"]["sums"])
+        self._train_loss = checkpoint["epoch_errors"]["loss"]  # a mean over ranks
         self._random_state = checkpoint["random_state"]
         self._cuda_random_state = checkpoint.get("cuda_random_state")
 
     def on_train_start(self) -> None:
         """Restore the random state of a resumed run, after everything that draws from it while starting."""
+        self.train_errors.sums = {name: s.to(self.device) for name, s in self.train_errors.sums.items()}
+        self._train_loss = self._train_loss.to(self.device)
         if self._random_state is not None:
             torch.set_rng_state(self._random_state.cpu())
         if self._cuda_random_state is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([state.cpu() for state in self._cuda_random_state])
+            torch.cuda.set_rng_state(self._cuda_random_state.cpu())
 
 
-def labelled_graph(potential: Potential, data: Any) -> LabelledGraph:
-    """Turn a PyG batch with precomputed edges into labels and the graph that ``potential`` reads."""
+def labelled_graph(potential: Potential, data: Any, ranks: Ranks | None = None) -> LabelledGraph:
+    """Turn a PyG batch into labels and the graph that ``potential`` reads, or one rank's share of both.
+
+    Args:
+        potential: the model.
+        data: the batch; with precomputed edges where one rank has the graph to itself.
+        ranks: they share the graph, and were given the same batch; None is this process alone.
+
+    Raises:
+        ValueError: the model cannot describe the batch.
+    """
     labels = AtomBatch.from_data(data)
-    neighbors = NeighborList(data.edge_index, data.shift, potential.r_cut)
-    return LabelledGraph(labels, potential.graph(labels, neighbors))
+    if ranks is None or ranks.group is None:
+        graph = potential.graph(labels, NeighborList(data.edge_index, data.shift, potential.r_cut))
+        return LabelledGraph(labels, graph, GPContext.single(len(labels.numbers)))
+    labels = labels.to(ranks.device)
+    plan = potential.plan(labels, ranks, carried=(labels.forces,))
+    n_owned = plan.gp.n_owned
+    owned = replace(
+        labels,
+        positions=plan.positions,
+        numbers=plan.graph.numbers[:n_owned],
+        system=plan.graph.system[:n_owned],
+        forces=plan.carried[0],
+    )
+    return LabelledGraph(owned, plan.graph, plan.gp)
 
 
 def predict(potential: Potential, batch: LabelledGraph, *, stress: bool = True) -> Prediction:
     """Evaluate; Lightning validates under no_grad, but forces need a gradient."""
-    gp = GPContext.single(len(batch.labels.numbers))
     with torch.enable_grad():
-        return potential(batch.labels.positions, batch.graph, gp, stress=stress)
+        return potential(batch.labels.positions, batch.graph, batch.gp, stress=stress)
 
 
 def _autocast_backbone(potential: Potential, dtype: torch.dtype) -> None:

@@ -2,35 +2,42 @@
 
 import json
 import logging
+import math
 import re
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Literal
 
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from rich.console import Console
 
 from gnnmd.data.datamodule import AtomsDataModule, AtomsLoader
 from gnnmd.data.statistics import Statistics
 from gnnmd.models.build import PotentialConfig, build_potential, to_dict
 from gnnmd.models.potential import Potential
+from gnnmd.parallel import Mesh, Ranks, WorkerDied, Workers, World
 from gnnmd.predict.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint, write_atomically
 from gnnmd.predict.metrics import ErrorMeter, error_table
 from gnnmd.predict.parity_plot import Parity, save_parity_plot
-from gnnmd.training.callbacks import BEST, LAST, STATE, Checkpoints, StopOnInterrupt
+from gnnmd.training.callbacks import BEST, LAST, STATE, Checkpoints, Pace, StopBetweenSteps
 from gnnmd.training.finetune import find_source, refit_references, start_from
 from gnnmd.training.history import History, LiveBar
 from gnnmd.training.learning_curve import save_learning_curve
 from gnnmd.training.module import PotentialModule, labelled_graph, predict
 from gnnmd.training.settings import TrainConfig, TrainerConfig, seconds
+from gnnmd.training.strategy import MeshStrategy, copy_from_first
 
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"
@@ -60,61 +67,142 @@ class TrainingResult:
 def train(
     config: TrainConfig, *, console: Console | None = None, callbacks: list[Callback] | None = None
 ) -> TrainingResult:
-    """Train a potential and report its test errors.
+    """Train a potential and report its test errors, in as many processes as ``config.parallel`` says.
+
+    Started by torchrun or srun, this is one of them; else the run starts them itself if it needs more than
+    one.
 
     Args:
         config: everything about the run.
-        console: where progress is told; standard output by default.
-        callbacks: Lightning callbacks of your own, called before the built-in ones.
+        console: where progress is told; standard output by default, and always that of processes of its own.
+        callbacks: Lightning callbacks of your own, called before the built-in ones; processes of the run's
+            own get copies.
 
     Raises:
         FileNotFoundError: data, a checkpoint or a run folder that does not exist.
-        ValueError: data or settings that do not fit together.
+        ValueError: data or settings that do not fit together, or another number of processes than was
+            started.
         FloatingPointError: the loss became NaN.
+        WorkerDied: a process of its own was killed.
     """
+    wanted, world = config.parallel, World.from_environment()
+    if world is not None and world.size > 1:
+        if world.size != wanted.processes:
+            raise ValueError(
+                f"parallel.gp={wanted.gp} x parallel.dp={wanted.dp} needs {wanted.processes} processes, but "
+                f"{world.size} were started. Set gp and dp to a product of {world.size}, or start "
+                f"{wanted.processes}"
+            )
+        with world.joined(_device(config.trainer)) as ranks:
+            return train_on(ranks, config, console=console, callbacks=callbacks)
+    if wanted.processes == 1:
+        return train_on(Ranks(), config, console=console, callbacks=callbacks)
+    with Workers(wanted.processes, _device(config.trainer)) as workers, _stopping(workers):
+        result: TrainingResult = workers.call(train_on, config, None, callbacks)[0]
+    return result
+
+
+def train_on(
+    ranks: Ranks,
+    config: TrainConfig,
+    console: Console | None = None,
+    callbacks: list[Callback] | None = None,
+) -> TrainingResult:
+    """Do the part of one process in `train`; all ranks get the same result, the first tells and writes."""
+    mesh = Mesh.of(ranks, config.parallel.gp)
     quiet = config.trainer.progress == "none"
     console = console or Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True)
-    accelerator = _accelerator(config.trainer)
-    folder, resumed = run_folder(config)
+    if ranks.rank:  # the first one tells what all of them find
+        console = Console(quiet=True)
+        warnings.simplefilter("ignore")
+    folder, resumed = ranks.from_first(run_folder(config))
     source = None if config.init_from is None else load_checkpoint(find_source(config.init_from))
-    r_cut = config.model.r_cut if source is None else source[0].r_cut
-    data = AtomsDataModule(config.data, r_cut, seed=config.seed)
+    known = config.model if source is None else source[0].backbone
+    data = AtomsDataModule(
+        config.data,
+        known.r_cut,
+        max_neighbors=known.max_neighbors,
+        seed=config.seed,
+        num_replicas=mesh.n_replicas,
+        rank=mesh.replica,
+        accumulate=config.trainer.accumulate,
+        share_graphs=mesh.gp.size > 1,
+        progress=ranks.rank == 0,
+    )
     data.setup()
     torch.manual_seed(config.seed)
     potential = (
-        _fresh_potential(config, data) if source is None else _continued(config, data, source, console)
+        _fresh_potential(config, data) if source is None else _continued(config, data, source, console, mesh)
     )
     if config.trainer.precision == "float64":
         potential.double()
-    _describe(console, potential, data.statistics)
-    _write_config(folder, resumed, config, potential)
+    potential.backbone.edge_chunk = config.trainer.edge_chunk
+    _describe(console, potential, data.statistics, mesh)
+    _check_resumable(folder, resumed, config, potential)
+    if ranks.rank == 0:
+        _write_config(folder, config, potential)
     console.print(f"{'continuing in' if resumed else 'run folder'} {folder}")
 
     def export(path: Path, model: Potential, summary: dict[str, Any]) -> None:
         extra = {"name": config.name, "seed": config.seed, **summary}
         save_checkpoint(path, model, to_dict(model.config), data.statistics.to_dict(), extra)
 
-    steps = config.trainer.max_epochs * len(data.train_dataloader())
+    pace = Pace(len(data.train_dataloader()), config.trainer.accumulate)
+    steps = config.trainer.max_epochs * pace.batches_per_epoch // pace.batches_per_step
     autocast = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else None
-    module = PotentialModule(potential, config.loss, config.optim, steps, autocast=autocast)
-    keep, stop = Checkpoints(folder, export), StopOnInterrupt(console.print)
+    module = PotentialModule(
+        potential,
+        config.loss,
+        config.optim,
+        steps,
+        autocast=autocast,
+        mesh=mesh,
+    )
+    keep, stop = Checkpoints(folder, export, pace), StopBetweenSteps(console.print, mesh)
     shown = _shown(config, console, folder, steps)
     with _quiet_lightning():
-        trainer = _trainer(config, folder, accelerator, [*(callbacks or []), *shown, stop, keep])
+        trainer = _trainer(config, folder, mesh, [*(callbacks or []), *shown, stop, keep])
         try:
             trainer.fit(module, data, ckpt_path=folder / STATE if resumed else None, weights_only=True)
         except SystemExit:  # how Lightning ends on KeyboardInterrupt; the callbacks have saved everything
             if not keep.interrupted:
                 raise
-    checkpoint = folder / BEST if (folder / BEST).exists() else folder / LAST
+    checkpoint = folder / ranks.from_first(BEST if (folder / BEST).exists() else LAST)
     split = "val" if data.test_set is None else "test"
     errors: dict[str, float] = {}
     if stop.interrupted:
         console.print(f"interrupted after step {trainer.global_step}; kept {checkpoint} and {folder / STATE}")
         console.print(f"continue with: gnnmd train resume={folder}")
     else:
-        errors = _report(checkpoint, split, data, module.device, console)
+        errors = _report(checkpoint, split, data, module, mesh, console)
     return TrainingResult(folder, checkpoint, errors, split, stop.interrupted)
+
+
+@contextmanager
+def _stopping(workers: Workers) -> Iterator[None]:
+    """Let the first Ctrl-C or SIGTERM ask the workers to stop between two steps; the second ends them."""
+    asked = False
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        workers.send_signal(signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except WorkerDied:
+        if not asked:
+            raise
+        raise KeyboardInterrupt from None  # it was not training yet, or no longer
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_folder(config: TrainConfig) -> tuple[Path, bool]:
@@ -147,26 +235,49 @@ def run_folder(config: TrainConfig) -> tuple[Path, bool]:
 
 
 def evaluate(
-    potential: Potential, loader: AtomsLoader, device: torch.device
+    potential: Potential, loader: AtomsLoader, device: torch.device, mesh: Mesh | None = None
 ) -> tuple[dict[str, float], Parity]:
-    """Return the errors of a potential on the frames of a loader, and the pairs for a parity plot."""
+    """Return errors of a potential on the frames of a loader, and the pairs for a parity plot; collective.
+
+    Args:
+        potential: the same on all ranks.
+        loader: the frames of this replica.
+        device: where to compute.
+        mesh: all processes; None is this one alone. The pairs are the first one's.
+    """
+    mesh = mesh or Mesh()
     potential = potential.to(device).eval()
     meter, parity = ErrorMeter(per_element=True), Parity()
-    for data in loader:
-        batch = labelled_graph(potential, data).to(device)
+    for i, data in enumerate(loader):
+        if loader.repeats(i):
+            continue
+        batch = labelled_graph(potential, data, mesh.gp).to(device)
         prediction = predict(potential, batch)
-        meter.update(prediction, batch.labels)
-        parity.update(prediction, batch.labels)
-    return meter.errors(), parity
+        meter.update(prediction, batch.labels, batch.graph.n_atoms)
+        parity.update(prediction, batch.labels, batch.graph.n_atoms)
+    return meter.total(mesh).errors(), parity.total(mesh)
 
 
 def _report(
-    checkpoint: Path, split: str, data: AtomsDataModule, device: torch.device, console: Console
+    checkpoint: Path,
+    split: str,
+    data: AtomsDataModule,
+    module: PotentialModule,
+    mesh: Mesh,
+    console: Console,
 ) -> dict[str, float]:
     """Evaluate the exported model as a user would load it; write errors and pictures."""
-    potential, info = load_checkpoint(checkpoint)
+    first = mesh.world.rank == 0
+    potential = module.average
+    if first:
+        potential, info = load_checkpoint(checkpoint)
+        potential.backbone.edge_chunk = module.average.backbone.edge_chunk
+    device = module.device if mesh.world.group is None else mesh.world.device
+    copy_from_first(potential.to(device), mesh.world)
     loader = data.test_dataloader() if split == "test" else data.val_dataloader()
-    errors, parity = evaluate(potential, loader, device)
+    errors, parity = evaluate(potential, loader, device, mesh)
+    if not first:
+        return errors
     extra = {**info.extra, f"{split}_errors": errors}
     save_checkpoint(checkpoint, potential.cpu(), info.config, info.statistics, extra)
     folder = checkpoint.parent
@@ -197,13 +308,17 @@ def _fresh_potential(config: TrainConfig, data: AtomsDataModule) -> Potential:
 
 
 def _continued(
-    config: TrainConfig, data: AtomsDataModule, source: tuple[Potential, CheckpointInfo], console: Console
+    config: TrainConfig,
+    data: AtomsDataModule,
+    source: tuple[Potential, CheckpointInfo],
+    console: Console,
+    mesh: Mesh,
 ) -> Potential:
     """Build the potential from a checkpoint and fit its references to the training data."""
     potential, report = start_from(
         *source, heads=config.heads, datasets=_datasets(data), elements=data.statistics.elements
     )
-    refit_references(potential, data.train_set)
+    refit_references(potential.to(mesh.gp.device), data.train_set, mesh.gp)
     console.print(report)
     mine, theirs = asdict(config.model), asdict(potential.config.model)
     if changed := [f"{key}={theirs[key]}" for key in theirs if theirs[key] != mine[key]]:
@@ -215,14 +330,20 @@ def _datasets(data: AtomsDataModule) -> tuple[str, ...]:
     return tuple(sorted({str(name) for name in data.train_set.labels("dataset")} - {""}))
 
 
-def _describe(console: Console, potential: Potential, statistics: Statistics) -> None:
+def _describe(console: Console, potential: Potential, statistics: Statistics, mesh: Mesh) -> None:
     weights = sum(p.numel() for p in potential.parameters())
+    edges = "" if math.isnan(statistics.mean_edges) else f", {statistics.mean_edges:.0f} edges/atom"
     console.print(
-        f"{statistics.n_frames} frames, {statistics.n_atoms} atoms, {statistics.mean_edges:.0f} edges/atom\n"
+        f"{statistics.n_frames} frames, {statistics.n_atoms} atoms{edges}\n"
         f"labels: {statistics.n_energies} energies, forces of {statistics.n_forces} atoms (RMS "
         f"{statistics.force_rms:.3f} eV/A), {statistics.n_stresses} stresses\n"
         f"model: {type(potential.backbone).__name__} with {weights:,} weights",
     )
+    if mesh.world.size > 1:
+        console.print(
+            f"{mesh.world.size} processes: dp={mesh.n_replicas} replicas of gp={mesh.gp.size} ranks that "
+            "share every structure"
+        )
 
 
 def _shown(config: TrainConfig, console: Console, folder: Path, steps: int) -> list[Callback]:
@@ -232,20 +353,25 @@ def _shown(config: TrainConfig, console: Console, folder: Path, steps: int) -> l
     return shown
 
 
-def _trainer(config: TrainConfig, folder: Path, accelerator: str, callbacks: list[Callback]) -> Trainer:
+def _trainer(config: TrainConfig, folder: Path, mesh: Mesh, callbacks: list[Callback]) -> Trainer:
     given = config.trainer
+    alone = mesh.world.group is None
     limits: list[Callback] = []
     if given.max_time is not None:
         limits.append(Timer(timedelta(seconds=seconds(given.max_time)), verbose=False))
     if given.early_stop is not None:
         limits.append(EarlyStopping("val_loss", patience=given.early_stop, verbose=False))
     return Trainer(
-        accelerator=accelerator,
+        accelerator="gpu" if _device(given) == "cuda" else "cpu",
         devices=1,
+        strategy="auto" if alone else MeshStrategy(mesh),
+        # Without it Lightning looks for torchrun and Slurm, whose signals it handles in ways of its own.
+        plugins=[LightningEnvironment()],
+        accumulate_grad_batches=given.accumulate,
         max_epochs=given.max_epochs,
         check_val_every_n_epoch=given.validate_every,
         callbacks=[*limits, *callbacks],
-        logger=_loggers(config, folder),
+        logger=_loggers(config, folder) if mesh.world.rank == 0 else [],
         default_root_dir=folder,
         deterministic=True if given.deterministic else None,
         inference_mode=False,  # forces are derivatives also in validation
@@ -279,34 +405,39 @@ def _loggers(config: TrainConfig, folder: Path) -> list[Logger]:
     return []
 
 
-def _accelerator(config: TrainerConfig) -> str:
+def _device(config: TrainerConfig) -> Literal["cuda", "cpu"]:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "trainer.device=cuda, but torch finds no GPU. Set trainer.device=cpu, or install CUDA's torch"
         )
     if config.device == "auto":
-        return "gpu" if torch.cuda.is_available() else "cpu"
-    return "gpu" if config.device == "cuda" else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device
 
 
-def _write_config(folder: Path, resumed: bool, config: TrainConfig, potential: Potential) -> None:
-    """Write the resolved configuration into the run folder.
+def _check_resumable(folder: Path, resumed: bool, config: TrainConfig, potential: Potential) -> None:
+    """Refuse to resume a run of another architecture: its weights would not fit."""
+    if not resumed:
+        return
+    mine, saved = _resolved(config, potential), yaml.safe_load((folder / CONFIG).read_text())
+    changed = [f"heads={saved['heads']}"] if saved["heads"] != mine["heads"] else []
+    changed += [f"model.{k}={v}" for k, v in saved["model"].items() if mine["model"].get(k) != v]
+    if changed:
+        raise ValueError(
+            f"resume={folder}: that run has {', '.join(changed)}, this configuration has not. Drop the "
+            f"change, or use init_from={folder} to start a new run from its weights"
+        )
 
-    Raises:
-        ValueError: a resumed run has another architecture, so that its weights would not fit.
-    """
-    mine = _plain({**asdict(config), "model": asdict(potential.config.model)})
-    if resumed:
-        saved = yaml.safe_load((folder / CONFIG).read_text())
-        changed = [f"heads={saved['heads']}"] if saved["heads"] != mine["heads"] else []
-        changed += [f"model.{k}={v}" for k, v in saved["model"].items() if mine["model"].get(k) != v]
-        if changed:
-            raise ValueError(
-                f"resume={folder}: that run has {', '.join(changed)}, this configuration has not. Drop the "
-                f"change, or use init_from={folder} to start a new run from its weights"
-            )
+
+def _write_config(folder: Path, config: TrainConfig, potential: Potential) -> None:
+    """Write the resolved configuration into the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG, yaml.safe_dump(mine, sort_keys=False).encode())
+    content = yaml.safe_dump(_resolved(config, potential), sort_keys=False)
+    write_atomically(folder / CONFIG, content.encode())
+
+
+def _resolved(config: TrainConfig, potential: Potential) -> Any:
+    return _plain({**asdict(config), "model": asdict(potential.config.model)})
 
 
 def _plain(value: Any) -> Any:

@@ -21,6 +21,10 @@ class TrainerConfig:
         validate_every: epochs between validations.
         precision: "float32"; "bf16-mixed" runs the matrix products of the backbone in bfloat16; "float64"
             the whole model. Positions, energy sums and losses are float64 in all of them.
+        accumulate: batches per step (and replica): their gradients are averaged, for large steps in little
+            memory.
+        edge_chunk: edges of a layer that are processed at a time, and again in the backward pass; null =
+            all at once. The result is the same; a smaller number takes longer and bounds the memory.
         device: "auto" takes a GPU if there is one.
         deterministic: refuse GPU kernels whose sums depend on timing (CPU runs repeat to the last digit
             anyway).
@@ -32,18 +36,48 @@ class TrainerConfig:
     early_stop: int | None = None
     validate_every: int = 1
     precision: Literal["float32", "bf16-mixed", "float64"] = "float32"
+    accumulate: int = 1
+    edge_chunk: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
     progress: Literal["auto", "lines", "none"] = "auto"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("max_epochs", "validate_every", "early_stop"):
+        for name in ("max_epochs", "validate_every", "early_stop", "accumulate", "edge_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.max_time is not None:
             seconds(self.max_time)
+
+
+@dataclass
+class ParallelConfig:
+    """Processes (one per GPU) of a run: gp x dp of them.
+
+    Under torchrun or srun so many must have been started; without, the run starts them on this machine.
+
+    Attributes:
+        gp: ranks that share every structure (graph parallel): memory per rank falls, the result stays the
+            same.
+        dp: replicas that split the structures (data parallel). A step takes a batch of ``data.max_frames``
+            from each.
+    """
+
+    gp: int = 1
+    dp: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("gp", "dp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def processes(self) -> int:
+        """Number of processes."""
+        return self.gp * self.dp
 
 
 @dataclass
@@ -91,6 +125,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     def __post_init__(self) -> None:

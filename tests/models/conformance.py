@@ -16,7 +16,6 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.md.verlet import VelocityVerlet
 from scipy.spatial.transform import Rotation
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.testing import assert_close
 
 from gnnmd.graph import AtomBatch
@@ -46,10 +45,12 @@ class Conformance:
     Attributes:
         conservative: whether forces and stress are derivatives.
         rotation_tolerance: for networks that are equivariant only up to a grid.
+        strain_tolerance: of stress against differences of energies, for networks with a steep switch.
     """
 
     conservative = True
     rotation_tolerance = 1e-10
+    strain_tolerance = 1e-8
 
     @pytest.fixture
     def potential(self) -> Potential:
@@ -143,7 +144,9 @@ class Conformance:
                 predict(potential, moved(batch, batch.positions @ f, batch.cell @ f)).energy[0]
                 for f in (torch.eye(3) + strain, torch.eye(3) - strain)
             ]
-            assert_close((energies[0] - energies[1]) / (2 * h) / v, stress[a, b], rtol=0, atol=1e-8)
+            assert_close(
+                (energies[0] - energies[1]) / (2 * h) / v, stress[a, b], rtol=0, atol=self.strain_tolerance
+            )
         assert_close(stress, stress.T, rtol=0, atol=1e-14)
 
     def test_momentum_and_torque_are_conserved(self, potential):
@@ -226,10 +229,12 @@ class Conformance:
         atoms = crystal()
         batch, n = AtomBatch.from_ase(atoms), len(atoms)
         graph = potential.graph(batch)
-        spare = {"edge_index": (0, 7), "shift": (0, 0, 0, 7)}
-        wide = {key: pad(getattr(graph, key), by) for key, by in spare.items()}
-        wide["edge_index"][1, -7:] = n - 1
-        wide["n_edges"] = torch.tensor(graph.edge_index.shape[1])
+        again = [-1] * 7  # repeated edges: they would count if they were taken for real ones
+        wide = {
+            "edge_index": torch.cat([graph.edge_index, graph.edge_index[:, again]], dim=1),
+            "shift": torch.cat([graph.shift, graph.shift[again]]),
+            "n_edges": torch.tensor(graph.edge_index.shape[1]),
+        }
         potential = copy.deepcopy(potential).train()
         gradients = []
         for g in (graph, replace(graph, **wide)):

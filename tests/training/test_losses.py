@@ -8,7 +8,7 @@ import torch
 
 from gnnmd.graph import AtomBatch
 from gnnmd.models.potential import Prediction
-from gnnmd.parallel import GPContext
+from gnnmd.parallel import GPContext, Mesh, Ranks
 from gnnmd.training.losses import ForcesConfig, LossConfig, TermConfig, loss_sums, weighted_sum
 
 COUNTS = [2, 3, 1, 4]
@@ -58,6 +58,11 @@ def sums_of(config, prediction, labels, terms=TERMS):
     return loss_sums(config, set(terms), prediction, labels, labels.n_atoms)
 
 
+def mean(sums, name, gp=None, mesh=None):
+    """Return one term alone, as the loss counts it."""
+    return weighted_sum({name: sums[name]}, {name: 1.0}, gp or GPContext.single(10), mesh).item()
+
+
 def numpy_errors(prediction, labels):
     n_atoms = np.array(COUNTS)
     energy = (prediction.energy.detach().numpy() - labels.energy.numpy()) / n_atoms
@@ -83,11 +88,10 @@ def test_energy_and_stress_terms_are_means_over_known_labels(labels, prediction,
     config = LossConfig(energy=TermConfig(kind, huber_width=0.3), stress=TermConfig(kind, huber_width=0.3))
     sums = sums_of(config, prediction, labels)
     energy, _, stress = numpy_errors(prediction, labels)
-    gp = GPContext.single(sum(COUNTS))
     assert sums["energy"].count == 3
     assert sums["stress"].count == 27
-    assert sums["energy"].mean(gp).item() == pytest.approx(reference(energy).mean(), rel=1e-13)
-    assert sums["stress"].mean(gp).item() == pytest.approx(reference(stress).mean(), rel=1e-13)
+    assert mean(sums, "energy") == pytest.approx(reference(energy).mean(), rel=1e-13)
+    assert mean(sums, "stress") == pytest.approx(reference(stress).mean(), rel=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +106,7 @@ def test_force_terms_are_means_over_atoms_with_all_three_components(labels, pred
     sums = sums_of(LossConfig(forces=ForcesConfig(kind)), prediction, labels)
     _, forces, _ = numpy_errors(prediction, labels)
     assert len(forces) == 8
-    assert sums["forces"].mean(GPContext.single(10)).item() == pytest.approx(reference(forces), rel=1e-13)
+    assert mean(sums, "forces") == pytest.approx(reference(forces), rel=1e-13)
 
 
 def test_gradients_reach_known_labels_only_and_are_never_nan(labels, prediction):
@@ -165,23 +169,29 @@ def test_stress_of_a_system_without_volume_does_not_count(labels, prediction):
     assert sums["stress"].total.isfinite()
 
 
-class TwoRanks(GPContext):
-    """Stands for two ranks with equal partial sums."""
+class Twins(Ranks):
+    """Stands for two ranks with equal sums."""
+
+    size, rank = 2, 0
+
+    def sum(self, x):
+        return 2 * x
+
+
+class TwinContext(GPContext):
+    """Its context, if they share a graph."""
 
     def sum_ranks(self, partial):
         return 2 * partial
 
 
-def test_only_sums_over_atoms_are_summed_over_ranks(labels, prediction):
-    sums = sums_of(LossConfig(), prediction, labels)
-    one, two = GPContext.single(10), TwoRanks(n_owned=10)
-    for name, partial in (("energy", False), ("forces", True), ("stress", False)):
-        assert sums[name].mean(two).item() == pytest.approx(sums[name].mean(one).item())
-        (alone,) = torch.autograd.grad(sums[name].mean(one), getattr(prediction, name), retain_graph=True)
-        (shared,) = torch.autograd.grad(sums[name].mean(two), getattr(prediction, name), retain_graph=True)
-        # this stand-in doubles the gradient too: forces match because their count doubles as well
-        torch.testing.assert_close(shared, alone)
-        assert sums[name].partial is partial
+def test_equal_sums_on_two_ranks_have_the_mean_of_one(labels, prediction):
+    """Sharing a graph, sums over atoms add up; sharing the data, all do."""
+    sums, world = sums_of(LossConfig(), prediction, labels), Twins()
+    assert mean(sums, "forces", TwinContext(10), Mesh(world, world)) == pytest.approx(mean(sums, "forces"))
+    for name in TERMS:
+        assert sums[name].partial is (name == "forces")
+        assert mean(sums, name, mesh=Mesh(world)) == pytest.approx(mean(sums, name))
 
 
 def test_a_loss_without_any_term_is_refused():

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import ase.io
@@ -18,7 +20,9 @@ from gnnmd.models.escn_md import ExpertsConfig
 from gnnmd.predict import load_checkpoint
 from gnnmd.training.callbacks import BEST, LAST, STATE
 from gnnmd.training.run import evaluate, train
+from gnnmd.training.settings import ParallelConfig
 from tests.training.conftest import columns
+from tests.training.jobs import PressCtrlC
 
 CURVES = ("epoch", "step", "lr", "train", "val")
 
@@ -44,6 +48,10 @@ def interrupt(trainer):
 
 def press_ctrl_c(trainer):
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def end_the_job(trainer):
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def weights(path):
@@ -101,7 +109,7 @@ def test_dropout_goes_on_with_the_same_random_numbers(config):
     assert torch.equal(weights(resumed / LAST), weights(whole / LAST))
 
 
-@pytest.mark.parametrize("action", [interrupt, press_ctrl_c])
+@pytest.mark.parametrize("action", [interrupt, press_ctrl_c, end_the_job])
 def test_ctrl_c_keeps_what_it_has_and_can_be_resumed(config, action, console):
     whole = train(config).folder
     handler = signal.getsignal(signal.SIGINT)
@@ -113,6 +121,20 @@ def test_ctrl_c_keeps_what_it_has_and_can_be_resumed(config, action, console):
     assert f"gnnmd train resume={result.folder}" in console.export_text()
     assert weights(result.folder / LAST).isfinite().all()
     resumed = train(replace(config, resume=str(result.folder))).folder
+    np.testing.assert_array_equal(columns(resumed, *CURVES), columns(whole, *CURVES))
+
+
+def test_a_run_does_not_stop_between_batches_of_one_step(config):
+    config.trainer.accumulate = 3
+    whole = train(config).folder
+
+    class AfterABatch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop |= trainer.current_epoch == 1 and batch_idx == 0
+
+    stopped = train(config, callbacks=[AfterABatch()]).folder
+    assert torch.load(stopped / STATE, weights_only=True)["global_step"] == 3
+    resumed = train(replace(config, resume=str(stopped))).folder
     np.testing.assert_array_equal(columns(resumed, *CURVES), columns(whole, *CURVES))
 
 
@@ -255,3 +277,53 @@ def test_validation_uses_the_average_and_the_average_is_exported(config):
         assert torch.equal(w, state[f"average.{name}"])
         differ += not torch.equal(w, state[f"potential.{name}"])
     assert differ > 10
+
+
+def assert_same_curves(folder, expected):
+    np.testing.assert_allclose(
+        columns(folder, *CURVES).astype(float), columns(expected, *CURVES).astype(float), rtol=1e-8
+    )
+
+
+def test_ctrl_c_reaches_the_processes_of_the_run(config):
+    config.trainer.precision = "float64"
+    whole = train(config).folder
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    shared = replace(config, parallel=ParallelConfig(gp=2))
+    result = train(shared, callbacks=[PressCtrlC(os.getpid(), 7)])
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert result.interrupted
+    assert 7 <= torch.load(result.folder / STATE, weights_only=True)["global_step"] < 15
+    assert_same_curves(train(replace(config, resume=str(result.folder))).folder, whole)
+
+
+def test_torchrun_starts_the_ranks(config):
+    config.trainer.precision = "float64"
+    expected = train(config).folder
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "gnnmd",
+    ]
+    arguments = ["train", f"{expected}/config.yaml", "parallel.dp=2", "data.max_frames=1", "name=torchrun"]
+    done = subprocess.run(
+        [*command, *arguments, "trainer.progress=lines"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("errors on the val set") == 1  # one rank talks
+    (folder,) = expected.parent.glob("*-torchrun")
+    assert_same_curves(folder, expected)
+
+
+def test_another_number_of_processes_than_was_started_is_refused(config, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"gp=3 x parallel.dp=1 needs 3 processes, but 4 were started"):
+        train(replace(config, parallel=ParallelConfig(gp=3)))
+    with pytest.raises(ValueError, match="gp must be at least 1, got 0"):
+        ParallelConfig(gp=0)
