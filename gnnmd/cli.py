@@ -91,7 +91,7 @@ def train(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         from gnnmd.config import describe
 
-        print(f"{TRAIN_HELP}\n{describe()}")
+        print(f"{TRAIN_HELP}\n{describe([a for a in arguments if a not in ('-h', '--help')])}")
         return 0
     from gnnmd.config import load_config
 

@@ -26,6 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gnnmd.models.build import MODELS
 from gnnmd.training.settings import TrainConfig
 
 T = TypeVar("T")
@@ -96,17 +97,20 @@ def schema_keys(cls: type = TrainConfig, prefix: str = "") -> dict[str, Key]:
     return keys
 
 
-def describe() -> str:
-    """Return all presets, and all keys with their values in a run without arguments and their meanings."""
+def describe(arguments: Sequence[str] = ()) -> str:
+    """Return all presets, and all keys with their values in a run with ``arguments`` and their meanings."""
     lines = ["Presets (group=preset):"]
     lines += [f"  {group:12}{', '.join(names)}" for group, names in groups().items()]
-    return "\n".join([*lines, "", describe_keys(load_config())])
+    return "\n".join([*lines, "", describe_keys(load_config(arguments), " ".join(arguments))])
 
 
-def describe_keys(config: Any) -> str:
+def describe_keys(config: Any, arguments: str = "") -> str:
     """Return all keys of a configuration with its values and their meanings."""
-    lines = ["Keys (key=value), with their values in a run without arguments:"]
-    cls: type = type(config)
+    run = f"with {arguments}" if arguments else "without arguments"
+    lines = [f"Keys (key=value), with their values in a run {run}:"]
+    cls: Any = type(config)
+    if isinstance(config, TrainConfig):
+        cls = train_class(type(config.model))  # type: ignore[arg-type]
     for name, key in schema_keys(cls).items():
         if _section(key.type):
             lines.append("")
@@ -144,12 +148,36 @@ def load_config(arguments: Sequence[str] = ()) -> TrainConfig:
     if not choices:
         files = [file for file in resumed if file.is_file()] + files
     values = [value for file in files for value in _file_values(file)] + values
+    cls = train_class(_model_class(choices, values))
     for value in values:
-        _check_key(value, TrainConfig)
-    config = _compose(choices)
+        _check_key(value, cls)
+    config = _compose(choices, cls)
     for value in values:
-        _assign(config, value, TrainConfig)
-    return typing.cast(TrainConfig, _build(TrainConfig, OmegaConf.to_container(config, resolve=True)))
+        _assign(config, value, cls)
+    built = _build(cls, OmegaConf.to_container(config, resolve=True))
+    return TrainConfig(**vars(built))
+
+
+@cache
+def train_class(model: Any) -> type[TrainConfig]:
+    """Return `TrainConfig` with the keys of one model, of those that its section can hold."""
+    changed = [("model", model, dataclasses.field(default_factory=model))]
+    cls = dataclasses.make_dataclass(TrainConfig.__name__, changed, bases=(TrainConfig,))
+    cls.__doc__ = TrainConfig.__doc__
+    return cls
+
+
+def _model_class(choices: dict[str, Any], values: Sequence[Value]) -> type:
+    """Return the dataclass of the model; a type without a preset chooses the preset of the same name."""
+    given = [value for value in values if value.key == "model.type"]
+    if given and "model" not in choices:
+        if given[-1].value not in MODELS:
+            raise ConfigError(f"{given[-1]}: not one of {', '.join(MODELS)}")
+        choices["model"] = given[-1].value
+    kind = str(OmegaConf.select(_compose(choices, None), "model.type", default="escn_md"))
+    if given and given[-1].value != kind:
+        raise ConfigError(f"{given[-1]}: model={choices['model']} is of type {kind}; leave one of them out")
+    return MODELS[kind]
 
 
 def load_values(cls: type[T], arguments: Sequence[str]) -> T:
@@ -183,20 +211,22 @@ def _parse(argument: str) -> tuple[str, Any]:
     return override.key_or_group, override.value()
 
 
-def _compose(choices: Mapping[str, Any]) -> DictConfig:
-    """Let Hydra put the presets together on top of the schema."""
+def _compose(choices: Mapping[str, Any], cls: type | None) -> DictConfig:
+    """Let Hydra put the presets together on top of the schema, or of nothing."""
     for group, choice in choices.items():
         if choice is not None and choice not in groups()[group]:
             options = groups()[group]
             nearest = _nearest(str(choice), options)
             raise ConfigError(f"{group}={choice}: no such preset{nearest}; there are {', '.join(options)}")
-    ConfigStore.instance().store("schema", node=_schema(TrainConfig))
+    ConfigStore.instance().store("schema", node={} if cls is None else _schema(cls))
     overrides = [f"{group}={'null' if choice is None else choice}" for group, choice in choices.items()]
     try:
         with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
             return compose("train", overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"{config_dir()}: {_first_line(error)}") from None
+        chosen = ", ".join(overrides) or config_dir()
+        why = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+        raise ConfigError(f"{chosen}: these presets do not fit together: {why}") from None
 
 
 def _file_values(file: Path) -> list[Value]:
@@ -225,7 +255,7 @@ def _check_key(given: Value, cls: type) -> None:
     """Refuse a key that the schema does not have, and one number for a whole section."""
     keys = schema_keys(cls)
     if given.key not in keys:
-        presets = groups() if cls is TrainConfig else {}
+        presets = groups() if issubclass(cls, TrainConfig) else {}
         raise ConfigError(f"{given.where}unknown key {given.key!r}{_nearest(given.key, [*keys, *presets])}")
     if (section := _section(keys[given.key].type)) and given.value is not None:
         names = ", ".join(field.name for field in dataclasses.fields(section))
@@ -246,8 +276,8 @@ def _assign(config: DictConfig, given: Value, cls: type) -> None:
 
 
 @cache  # OmegaConf compares these classes by identity
-def _schema(cls: type) -> type:
-    """Return a dataclass for OmegaConf. It knows no Literal: choices are text here, checked in `_build`."""
+def _schema(cls: Any) -> type:
+    """Return a dataclass for OmegaConf, which knows no Literal (checked in `_build`), no nested tuples."""
     fields: list[tuple[str, Any, Any]] = []
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -255,10 +285,10 @@ def _schema(cls: type) -> type:
         if (section := _section(hint)) and _is_optional(hint):
             fields.append((field.name, _schema(section) | None, None))
         elif section:
-            inner = _schema(section)
-            fields.append((field.name, inner, dataclasses.field(default_factory=inner)))
+            default = partial(_mirrored, _default(field))
+            fields.append((field.name, _schema(section), dataclasses.field(default_factory=default)))
         else:
-            hint = str if _is_choice(hint) else hint
+            hint = str if _is_choice(hint) else _listed(hint)
             fields.append((field.name, hint, dataclasses.field(default_factory=partial(_default, field))))
     return dataclasses.make_dataclass(cls.__name__, fields)
 
@@ -296,6 +326,21 @@ def _section(hint: Any) -> type | None:
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _listed(hint: Any) -> Any:
+    """Return tuple[tuple[str, str], ...] as list[list[str]], everything else as it is."""
+    if typing.get_origin(hint) is not tuple:
+        return hint
+    return list[_listed(typing.get_args(hint)[0])]  # type: ignore[misc]
+
+
+def _mirrored(section: Any) -> Any:
+    """Return a section's values in the dataclass that OmegaConf sees instead of its own."""
+    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    mirrored = {k: _mirrored(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
+    kind: Any = type(section)
+    return _schema(kind)(**mirrored)
 
 
 def _is_optional(hint: Any) -> bool:

@@ -169,3 +169,37 @@ def test_help_names_every_key_with_a_meaning():
 
 def test_presets_are_found_in_a_checkout():
     assert (config_dir() / "train.yaml").is_file()
+
+
+def test_a_model_preset_brings_its_own_keys():
+    config = load_config(["model=dpa3_l3", "model.exclude_types=[[O,H]]", "model.fitting_net.neuron=[24]"])
+    assert type(config) is TrainConfig
+    assert (config.model.type, config.model.nlayers, config.model.n_dim) == ("dpa3", 3, 128)
+    assert config.model.exclude_types == (("O", "H"),)
+    assert config.model.fitting_net.neuron == (24,)
+    assert config.model.fitting_net.activation_function == "silut:10"  # the model's default, not the net's
+    with pytest.raises(ConfigError, match=r"unknown key 'model\.lmax'"):
+        load_config(["model=dpa3", "model.lmax=2"])
+    with pytest.raises(ConfigError, match=r"unknown key 'model\.nlayer', did you mean 'model\.nlayers'"):
+        load_config(["model=dpa3", "model.nlayer=2"])
+
+
+def test_the_type_of_a_model_chooses_its_preset(tmp_path):
+    assert load_config(["model.type=dpa2", "model.repformer.nlayers=2"]).model.repformer.nlayers == 2
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {type: dpa3, nlayers: 5}")
+    assert load_config([str(file)]).model.nlayers == 5
+    with pytest.raises(ConfigError, match="not one of escn_md, dpa3, dpa2"):
+        load_config(["model.type=dpa4"])
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        load_config(["model=uma_s", "model.type=dpa3"])
+
+
+def test_presets_that_do_not_fit_together_are_named():
+    with pytest.raises(ConfigError, match=r"experiment=debug, model=dpa3: .*lmax"):
+        load_config(["experiment=debug", "model=dpa3"])
+
+
+def test_help_shows_the_keys_of_the_chosen_model():
+    assert "model.repformer.nlayers=12" in describe(["model=dpa2_large"])
+    assert "model.lmax" not in describe(["model=dpa2_large"])

@@ -12,7 +12,6 @@ from gnnmd.graph import AtomBatch
 from gnnmd.graph.neighbors import neighbor_list
 from gnnmd.interfaces.ase_md import MDConfig, starting_structure
 from gnnmd.interfaces.partition_picture import draw_partition
-from gnnmd.models.build import from_dict
 from gnnmd.parallel.accounting import (
     INFINIBAND,
     NVLINK,
@@ -24,7 +23,7 @@ from gnnmd.parallel.accounting import (
     strategies,
 )
 from gnnmd.parallel.partition import PARTITIONERS
-from gnnmd.predict import read_info
+from gnnmd.predict import load_checkpoint
 
 _LINKS = (NVLINK, INFINIBAND)
 _MOST_PAIRS = 12  # ranks whose pairs fit into a line
@@ -90,10 +89,9 @@ def partition(argv: Sequence[str]) -> int:
 
 def _cost_of(checkpoint: str) -> tuple[ModelCost, float]:
     """Return what a checkpoint's model costs, with UMA-S's time per edge, and its cutoff (Angstrom)."""
-    info = read_info(checkpoint)
-    shape = from_dict(info.config).model
-    row_bytes = (shape.lmax + 1) ** 2 * shape.channels * 4  # float32
-    return ModelCost(shape.num_layers, shape.num_layers, row_bytes, UMA_S.edge_seconds), info.r_cut
+    backbone = load_checkpoint(checkpoint)[0].backbone
+    exchanges, row_bytes = len(backbone.blocks) - 1, backbone.row_width * 4  # float32
+    return ModelCost(exchanges, exchanges, row_bytes, UMA_S.edge_seconds), backbone.r_cut
 
 
 def _shares(divided: Sequence[VirtualPartition]) -> Table:

@@ -21,6 +21,7 @@ class Backbone(nn.Module):
 
     Attributes:
         r_cut: cutoff, Angstrom.
+        row_width: numbers that travel for each ghost between two blocks.
         max_number: largest atomic number its tables hold.
         charge_range: smallest and largest total charge it can embed; None = any.
         spin_range: smallest and largest spin multiplicity it can embed; None = any.
@@ -28,6 +29,7 @@ class Backbone(nn.Module):
             discontinuous).
         exchange_cut: blocks after the first read neighbours nearer than this only, Angstrom; None = `r_cut`.
             Their rows come first in what these blocks get; rows of farther ghosts are missing.
+        needs_statistics: whether a fresh model must be given `statistics` of its training data.
         edge_chunk: edges that are processed at a time; None = all. A smaller number costs a recomputation in
             the backward pass and bounds the memory. May be set at any time.
         blocks: modules with the signature ``block(h_all, basis, g, n_owned) -> (h_owned, basis)``.
@@ -35,11 +37,13 @@ class Backbone(nn.Module):
     """
 
     r_cut: float
+    row_width: int
     max_number: int
     charge_range: tuple[int, int] | None = None
     spin_range: tuple[int, int] | None = None
     max_neighbors: int | None = None
     exchange_cut: float | None = None
+    needs_statistics: bool = False
     edge_chunk: int | None = None
     blocks: nn.ModuleList
     norm: nn.Module
@@ -50,6 +54,14 @@ class Backbone(nn.Module):
 
     def embed(self, g: AtomGraph, basis: Any) -> Tensor:
         """Return the initial rows ``[n_all, ...]`` of owned and ghost atoms (all species are known)."""
+        raise NotImplementedError
+
+    def statistics(self, g: AtomGraph, n_owned: int) -> Tensor:
+        """Return sums over the owned atoms of a graph with positions; they add over batches and ranks."""
+        raise NotImplementedError
+
+    def set_statistics(self, sums: Tensor) -> None:
+        """Normalise by the sum of `statistics` over the training data."""
         raise NotImplementedError
 
     def after_block(self, i: int, h: Tensor, g: AtomGraph, system_sum: SystemSum) -> Tensor:

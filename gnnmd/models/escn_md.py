@@ -5,11 +5,11 @@ into the frame of their edge, where equivariant maps are small dense matrices pe
 result back.
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from gnnmd.graph.geometry import edge_vectors
 from gnnmd.graph.graph import AtomGraph
+from gnnmd.graph.nearest import cut_between_atoms
 from gnnmd.models.backbone import Backbone, SystemSum
 from gnnmd.nn.activations import DegreeGate, EdgeGate, SphereSiLU, node_grid
 from gnnmd.nn.embeddings import (
@@ -94,6 +95,7 @@ class EscnMDConfig:
     """Shape of an eSCN-MD network.
 
     Attributes:
+        type: which model this is.
         r_cut: cutoff, Angstrom.
         lmax: largest degree of the features.
         mmax: largest order used in the frame of an edge.
@@ -119,6 +121,7 @@ class EscnMDConfig:
         experts: mixture of linear experts, or None.
     """
 
+    type: Literal["escn_md"] = "escn_md"
     r_cut: float = 6.0
     lmax: int = 2
     mmax: int = 2
@@ -414,6 +417,7 @@ class EscnMD(Backbone):
         super().__init__()
         self.config = config
         self.r_cut, self.max_neighbors = config.r_cut, config.max_neighbors
+        self.row_width = n_rows(config.lmax) * config.channels
         self.max_number = config.max_number
         if config.charge_spin_embedding == "rand_emb":
             self.charge_range, self.spin_range = CHARGE_RANGE, SPIN_RANGE
@@ -514,11 +518,4 @@ class EscnMD(Backbone):
         elif target.device.type == "cpu" and not torch.compiler.is_compiling():
             row = n_rows(self.config.lmax) * self.config.channels
             longest = max(CACHE_VALUES // row, longest // MOST_CACHE_PIECES)
-        if len(target) <= longest:
-            return [(0, 0), (n_owned, len(target))], recompute
-        first = torch.searchsorted(target, torch.arange(n_owned + 1, device=target.device)).tolist()
-        cuts = [(0, 0)]
-        while (atom := cuts[-1][0]) < n_owned:
-            following = max(bisect_right(first, first[atom] + longest) - 1, atom + 1)
-            cuts.append((following, first[following]))
-        return cuts, recompute
+        return cut_between_atoms(target, n_owned, longest), recompute

@@ -6,6 +6,7 @@ rank.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import sqrt
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gnnmd.graph.graph import AtomGraph
+from gnnmd.nn.activations import activation
 from gnnmd.nn.experts import ExpertLinear, Routing
 from gnnmd.nn.float64 import Float64Buffers
+from gnnmd.nn.resnet_mlp import ResNetMLP, dense
 
 
 class EnergyHead(nn.Module):
@@ -98,3 +101,42 @@ class StressHead(Float64Buffers):
         if self.reduce == "mean":
             total = total / g.n_atoms.clamp(min=1)[:, None]
         return torch.einsum("bk,kxy->bxy", total, self.basis)
+
+
+@dataclass
+class FittingNetConfig:
+    """Shape of a `FittingNet`, by the names that DeePMD-kit gave.
+
+    Attributes:
+        neuron: widths of the hidden layers.
+        activation_function: of the hidden layers, see `nn.activations.activation`.
+        resnet_dt: whether hidden layers that add their input have a learned factor per column.
+    """
+
+    neuron: tuple[int, ...] = (240, 240, 240)
+    activation_function: str = "tanh"
+    resnet_dt: bool = True
+
+    def __post_init__(self) -> None:
+        self.neuron = tuple(self.neuron)
+        activation(self.activation_function)
+
+
+class FittingNet(nn.Module):
+    """Energy of each atom from its scalars by a residual network, the same for all elements.
+
+    Args:
+        channels: C.
+        config: its shape.
+    """
+
+    def __init__(self, channels: int, config: FittingNetConfig):
+        super().__init__()
+        self.config, self.widths = config, [channels, *config.neuron]
+        act = activation(config.activation_function)
+        self.hidden = ResNetMLP(self.widths, act, scaled=config.resnet_dt)
+        self.output = dense(self.widths[-1], 1)
+
+    def forward(self, features: Tensor, g: AtomGraph) -> Tensor:
+        """Return ``[n_owned]``."""
+        return self.output(self.hidden(features[:, 0])).squeeze(-1)

@@ -6,7 +6,7 @@ import torch
 
 from gnnmd.graph import AtomBatch, NeighborList
 from gnnmd.models.build import PotentialConfig, build_potential
-from gnnmd.models.escn_md import EscnMD
+from gnnmd.models.escn_md import EscnMD, EscnMDConfig
 from gnnmd.models.potential import MergedFor, Potential
 from gnnmd.nn.experts import ExpertLinear
 
@@ -25,20 +25,21 @@ def merged(potential: Potential, batch: AtomBatch) -> Potential:
         ValueError: no experts, or not one system.
     """
     config: PotentialConfig = potential.config
-    if config is None or config.model.experts is None:
+    model = config and config.model
+    if not isinstance(model, EscnMDConfig) or model.experts is None:
         raise ValueError("this potential has no mixture of experts to merge")
     if batch.n_systems != 1:
         raise ValueError(f"experts are merged for one system, but the batch holds {batch.n_systems}")
     index = torch.zeros(2, 0, dtype=torch.int64, device=batch.numbers.device)
     g = potential.graph(batch, NeighborList(index, index.new_zeros(0, 3), potential.r_cut))
-    experts = config.model.experts
+    experts = model.experts
     composition = "reduced" if experts.composition else "any"
     if experts.composition and experts.mean_counts_one_more:
         composition = "exact"
     plain = build_potential(
         replace(
             config,
-            model=replace(config.model, experts=None),
+            model=replace(model, experts=None),
             merged_for=MergedFor.of(batch, 0, potential.dataset_name(batch.dataset[0]), composition),
         )
     )

@@ -1,4 +1,8 @@
-"""Nonlinearities of spherical-harmonic features."""
+"""Nonlinearities: of spherical-harmonic features, and element-wise ones by name."""
+
+from collections.abc import Callable
+from functools import partial
+from math import exp
 
 import torch
 from torch import Tensor, nn
@@ -89,3 +93,62 @@ def node_grid(lmax: int, resolution: int | None = None) -> SphereGrid:
     """Return the grid for features of atoms, all rows l-major; there and back is the identity."""
     rows = list(range(n_rows(lmax)))
     return SphereGrid(lmax, rows, resolution or 2 * (lmax + 1), resolution or 2 * (lmax + 1) + 1)
+
+
+def silut(x: Tensor, threshold: float = 3.0) -> Tensor:
+    """Return SiLU that turns into a tanh at a threshold, so that it is bounded.
+
+    x sigmoid(x) for x < T, and T sigmoid(T) + tanh(s (x - T)) beyond; s is the slope of SiLU at T, so that
+    value and slope are continuous.
+
+    Args:
+        x: any shape.
+        threshold: T > 0.
+    """
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() and x.amax() < threshold:
+        return F.silu(x)  # the usual case for a large T, at a third of the time
+    sigmoid = 1 / (1 + exp(-threshold))
+    slope = sigmoid * (1 + threshold * (1 - sigmoid))
+    return F.silu(x.clamp(max=threshold)) + torch.tanh(slope * F.relu(x - threshold))
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "silut": silut,
+    "tanh": torch.tanh,
+    "gelu": partial(F.gelu, approximate="tanh"),
+    "gelu_tf": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "softplus": F.softplus,
+    "sigmoid": torch.sigmoid,
+    "linear": _identity,
+    "none": _identity,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """Return an element-wise function by its name, "silut:10" with a threshold; case does not matter.
+
+    Raises:
+        ValueError: a name that is not known, or a threshold that is not a positive number.
+    """
+    base, _, threshold = name.lower().partition(":")
+    if base not in _ACTIVATIONS or (threshold and base != "silut"):
+        raise ValueError(
+            f"activation {name!r} is not known; use one of {', '.join(_ACTIVATIONS)}, or 'silut:T' with a "
+            "threshold T"
+        )
+    if not threshold:
+        return _ACTIVATIONS[base]
+    try:
+        t = float(threshold)
+    except ValueError:
+        t = 0.0
+    if not 0 < t < float("inf"):
+        raise ValueError(f"activation {name!r}: the threshold must be a positive number, as in 'silut:10'")
+    return partial(silut, threshold=t)

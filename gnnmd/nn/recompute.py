@@ -64,7 +64,9 @@ class _Recomputed(torch.autograd.Function):
                 )
 
         args = (*inputs, *(cotangents[i] for i in used))
-        found = _Recomputed.apply(vjp, len(args), *args, *parameters) if torch.is_grad_enabled() else vjp(*args)
+        found = (
+            _Recomputed.apply(vjp, len(args), *args, *parameters) if torch.is_grad_enabled() else vjp(*args)
+        )
         gradients: list[Tensor | None] = [None] * len(ctx.saved_tensors)
         for i, gradient in zip(wanted, found, strict=True):
             gradients[i] = gradient

@@ -15,8 +15,9 @@ from torch import Tensor
 from gnnmd.data.checks import closest_pair
 from gnnmd.graph import AtomBatch
 from gnnmd.graph.geometry import volume
+from gnnmd.models.escn_md import EscnMDConfig
 from gnnmd.models.potential import Potential, Prediction
-from gnnmd.parallel import Ranks, Workers, build_plan, share_of
+from gnnmd.parallel import Ranks, Workers
 from gnnmd.predict.evaluation import on_cpu
 from gnnmd.predict.settings import InferenceSettings
 from gnnmd.predict.unit import PredictUnit
@@ -146,15 +147,7 @@ def self_check(
 def evaluate_share(ranks: Ranks, potential: Potential, batch: AtomBatch) -> Share:
     """Evaluate a system together with other ranks; collective, what `self_check` runs on each."""
     potential, batch = potential.to(ranks.device), batch.to(ranks.device)
-    piece, ids = share_of(batch, ranks)
-    plan = build_plan(
-        piece,
-        ids,
-        potential.r_cut,
-        ranks,
-        dataset=potential.dataset_index(batch),
-        max_neighbors=potential.backbone.max_neighbors,
-    )
+    plan = potential.plan(batch, ranks)
     p = potential(plan.positions, plan.graph, plan.gp)
     ids = plan.ids[: plan.gp.n_owned].cpu()
     return Share(ids, on_cpu(p), plan.gp.n_ghost, plan.graph.edge_index.shape[1])
@@ -302,7 +295,7 @@ def _rotation(name: str, unit: PredictUnit, batch: AtomBatch, expected: Predicti
 
 def _has_grid(potential: Potential) -> bool:
     model = getattr(potential.config, "model", None)  # None: not built from a configuration
-    return model is not None and (model.feed_forward == "grid" or model.activation == "s2")
+    return isinstance(model, EscnMDConfig) and (model.feed_forward == "grid" or model.activation == "s2")
 
 
 def _permutation(name: str, unit: PredictUnit, batch: AtomBatch, expected: Prediction) -> Iterator[Finding]:

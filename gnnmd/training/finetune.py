@@ -9,6 +9,7 @@ from ase.data import chemical_symbols
 from gnnmd.data.dataset import AtomsDataset
 from gnnmd.data.statistics import element_references
 from gnnmd.models.build import build_potential, from_dict
+from gnnmd.models.escn_md import EscnMDConfig
 from gnnmd.models.potential import Potential
 from gnnmd.parallel import Ranks
 from gnnmd.predict.checkpoint import CheckpointInfo
@@ -54,8 +55,13 @@ def start_from(
             f"{', '.join(known.datasets)}. Set data.dataset to one of these"
         )
     new_elements = tuple(z for z in elements if known.elements and z not in known.elements)
+    model = known.model
+    if not isinstance(model, EscnMDConfig):  # its tables have a row per element it knows
+        symbols = [chemical_symbols[z] for z in elements]
+        model = replace(model, type_map=(*model.type_map, *(s for s in symbols if s not in model.type_map)))
     config = replace(
         known,
+        model=model,
         heads=heads,
         stress_head=known.stress_head if heads == known.heads else None,
         datasets=known.datasets + added,
@@ -64,9 +70,11 @@ def start_from(
     potential = build_potential(config)
     mine, theirs = potential.state_dict(), old.state_dict()
     shared = {name: w for name, w in theirs.items() if name in mine and mine[name].shape == w.shape}
-    for name, w in theirs.items():  # the table of data sets, when names were added at its end
-        if name in mine and name not in shared and mine[name].shape[1:] == w.shape[1:]:
-            shared[name] = torch.cat([w, mine[name][len(w) :]])
+    for name, w in theirs.items():  # tables of data sets and elements, when some were added at the end
+        if name in mine and name not in shared and w.ndim == mine[name].ndim:
+            grown = mine[name].clone()
+            grown[tuple(slice(n) for n in w.shape)] = w
+            shared[name] = grown
     potential.load_state_dict(shared, strict=False)
     lines = [f"starting weights: {len(shared)} of {len(mine)} tensors from run {info.extra.get('name')!r}"]
     for title, names in (

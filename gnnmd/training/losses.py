@@ -60,15 +60,15 @@ class LossConfig:
     stress: TermConfig = field(default_factory=lambda: TermConfig(weight=1.0))
     ramp: RampConfig = field(default_factory=RampConfig)
 
-    def weights(self, progress: float) -> dict[str, float]:
-        """Return the weights of the terms that count at ``progress`` in [0, 1]."""
+    def weights(self, progress: float, lr_factor: float = 1.0) -> dict[str, float]:
+        """Return the weights of the terms that count, at ``progress`` in [0, 1] and this learning rate."""
         weights: dict[str, float] = {}
         terms: list[tuple[str, TermConfig | ForcesConfig]]
         terms = [("energy", self.energy), ("forces", self.forces), ("stress", self.stress)]
         for name, term in terms:
             last = term.weight if term.final_weight is None else term.final_weight
             if term.weight or last:
-                weights[name] = ramp(self.ramp, term.weight, last, progress)
+                weights[name] = ramp(self.ramp, term.weight, last, progress, lr_factor)
         if not weights:
             raise ValueError(
                 "every term of the loss has weight 0; set loss.energy.weight or loss.forces.weight"

@@ -17,6 +17,7 @@ from gnnmd.parallel import GPContext, Mesh, Ranks
 from gnnmd.predict.metrics import ErrorMeter
 from gnnmd.training.losses import LossConfig, loss_sums, weighted_sum
 from gnnmd.training.optim import OptimConfig, build_optimizer, update_average
+from gnnmd.training.schedule import learning_rate_factor
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class PotentialModule(LightningModule):
 
     def training_step(self, batch: LabelledGraph, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        weights = self.loss.weights(self.global_step / max(1, self._total_steps))
+        weights = self._weights(self.global_step / max(1, self._total_steps))
         prediction = self.potential(batch.labels.positions, batch.graph, batch.gp, stress="stress" in weights)
         sums = loss_sums(self.loss, set(weights), prediction, batch.labels, batch.graph.n_atoms)
         loss = weighted_sum(sums, weights, batch.gp, self.mesh)
@@ -154,7 +155,7 @@ class PotentialModule(LightningModule):
         assert isinstance(loader, AtomsLoader)
         if loader.repeats(batch_idx):
             return
-        weights = self.loss.weights(1.0)
+        weights = self._weights(1.0)
         prediction = predict(self.average, batch, stress="stress" in weights)
         self._val_meter.update(prediction, batch.labels, batch.graph.n_atoms)
         sums = loss_sums(self.loss, set(weights), prediction, batch.labels, batch.graph.n_atoms)
@@ -165,7 +166,7 @@ class PotentialModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Add the sums of all ranks and divide them by the counts, once."""
-        weights = self.loss.weights(1.0)
+        weights = self._weights(1.0)
         none = torch.zeros(2, dtype=torch.float64, device=self.device)
         sums = self.mesh.world.sum(torch.stack([self._val_sums.get(name, none) for name in weights]))
         self.val_loss = sum(
@@ -174,6 +175,9 @@ class PotentialModule(LightningModule):
         )
         self.val_errors = self._val_meter.total(self.mesh).errors()
         self.log("val_loss", self.val_loss, logger=False)  # for early stopping
+
+    def _weights(self, progress: float) -> dict[str, float]:
+        return self.loss.weights(progress, learning_rate_factor(self.optim.schedule, progress))
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and its schedule, stepped every step."""

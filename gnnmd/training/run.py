@@ -132,7 +132,9 @@ def train_on(
     data.setup()
     torch.manual_seed(config.seed)
     potential = (
-        _fresh_potential(config, data) if source is None else _continued(config, data, source, console, mesh)
+        _fresh_potential(config, data, mesh)
+        if source is None
+        else _continued(config, data, source, console, mesh)
     )
     if config.trainer.precision == "float64":
         potential.double()
@@ -295,8 +297,8 @@ def _report(
     return errors
 
 
-def _fresh_potential(config: TrainConfig, data: AtomsDataModule) -> Potential:
-    """Build the potential of the configuration, with references and scale from the training data."""
+def _fresh_potential(config: TrainConfig, data: AtomsDataModule, mesh: Mesh) -> Potential:
+    """Build the potential of the configuration; its references, scale and statistics are the data's."""
     known = data.statistics
     potential = build_potential(
         PotentialConfig(config.model, config.heads, datasets=_datasets(data), elements=known.elements)
@@ -304,7 +306,20 @@ def _fresh_potential(config: TrainConfig, data: AtomsDataModule) -> Potential:
     potential.element_energies.copy_(torch.tensor(known.element_energies))
     scales = [x for x in (known.force_rms, known.energy_std) if x > 0]  # NaN where there is no label
     potential.energy_scale.fill_(scales[0] if scales else 1.0)
+    if potential.backbone.needs_statistics:
+        _set_statistics(potential.to(mesh.gp.device), data, mesh)
     return potential
+
+
+def _set_statistics(potential: Potential, data: AtomsDataModule, mesh: Mesh) -> None:
+    """Let the backbone normalise what it sees by the training data; collective."""
+    backbone, loader = potential.backbone, data.train_dataloader()
+    sums: list[torch.Tensor] = []
+    for i, frames in enumerate(loader):
+        batch = labelled_graph(potential, frames, mesh.gp).to(mesh.gp.device)
+        g = batch.graph.with_positions(batch.gp.exchange(batch.labels.positions), batch.graph.cell)
+        sums.append((not loader.repeats(i)) * backbone.statistics(g, batch.gp.n_owned))
+    backbone.set_statistics(mesh.world.sum(torch.stack(sums).sum(0)))
 
 
 def _continued(

@@ -36,12 +36,14 @@ class RampConfig:
     """When and how the weights of the loss move from ``weight`` to ``final_weight``.
 
     Attributes:
-        shape: straight in the weight ("linear"), with flat ends ("cosine"), or straight in its logarithm.
+        shape: straight in the weight ("linear"), with flat ends ("cosine"), straight in its logarithm
+            ("exponential"), or with the factor of the learning rate, from 1 to 0 ("learning_rate"; the ends
+            are then not used).
         start: fraction of the training at which the weights leave ``weight``.
         end: fraction at which they have reached ``final_weight``.
     """
 
-    shape: Literal["linear", "cosine", "exponential"] = "cosine"
+    shape: Literal["linear", "cosine", "exponential", "learning_rate"] = "cosine"
     start: float = 0.0
     end: float = 1.0
 
@@ -63,8 +65,10 @@ def learning_rate_factor(config: ScheduleConfig, progress: float) -> float:
     return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def ramp(config: RampConfig, first: float, last: float, progress: float) -> float:
+def ramp(config: RampConfig, first: float, last: float, progress: float, lr_factor: float) -> float:
     """Return the weight at ``progress``: from ``first`` to ``last`` between the ends of the ramp."""
+    if config.shape == "learning_rate":
+        return last + (first - last) * lr_factor
     done = min(1.0, max(0.0, (progress - config.start) / (config.end - config.start)))
     if config.shape == "exponential":
         if min(first, last) <= 0:

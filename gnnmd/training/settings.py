@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gnnmd.data.datamodule import DataConfig
+from gnnmd.models.build import ModelConfig
 from gnnmd.models.escn_md import EscnMDConfig
 from gnnmd.training.losses import LossConfig
 from gnnmd.training.optim import OptimConfig
@@ -120,7 +121,7 @@ class TrainConfig:
     heads: Literal["conservative", "direct"] = "conservative"
     init_from: str | None = None
     resume: str | None = None
-    model: EscnMDConfig = field(default_factory=EscnMDConfig)
+    model: ModelConfig = field(default_factory=EscnMDConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

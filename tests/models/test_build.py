@@ -53,7 +53,7 @@ def test_lists_of_a_configuration_file_are_accepted():
     ("data", "message"),
     [
         ({"head": "direct"}, "PotentialConfig has no head; it has model, heads"),
-        ({"model": {"chanels": 4}}, "EscnMDConfig has no chanels; it has r_cut"),
+        ({"model": {"chanels": 4}}, "EscnMDConfig has no chanels; it has type, r_cut"),
         ({"model": {"experts": {"number": 4}}}, "ExpertsConfig has no number"),
         ({"heads": "both"}, "heads='both' is not known; use one of conservative, direct"),
         ({"datasets": ["a", "a"]}, "must differ"),

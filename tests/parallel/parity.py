@@ -81,7 +81,8 @@ def many_ranks(
     p = potential(plan.positions, plan.graph, gp)
     loss_of(p, plan.graph.system[: gp.n_owned], gp.sum_ranks).backward()
     for parameter in potential.parameters():
-        dist.all_reduce(parameter.grad, group=group)
+        if parameter.grad is not None:  # weights without influence have none, on no rank
+            dist.all_reduce(parameter.grad, group=group)
     answers = _answers(p, potential, plan.gather_owned)
     answers["n_owned"] = torch.tensor(gp.n_owned)
     answers["n_ghost"] = torch.tensor(gp.n_ghost)
@@ -99,7 +100,8 @@ def _answers(p, potential: Potential, whole) -> Answers:
         "stress": p.stress.nan_to_num(),
         "node energies": whole(p.node_energies),
     }
-    out |= {f"gradient of {name}": w.grad for name, w in potential.named_parameters()}
+    gradients = {name: w.grad for name, w in potential.named_parameters()}
+    out |= {f"gradient of {name}": x for name, x in gradients.items() if x is not None}
     return {name: x.detach().cpu() for name, x in out.items()}
 
 

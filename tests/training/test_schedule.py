@@ -30,8 +30,18 @@ def test_halfway_down_a_cosine_is_the_mean_and_down_an_exponential_the_geometric
 )
 def test_ramp_is_flat_outside_its_ends(shape, middle):
     config = RampConfig(shape, start=0.2, end=0.6)
-    values = [ramp(config, 1.0, 10.0, p) for p in (0.0, 0.2, 0.4, 0.6, 1.0)]
+    values = [ramp(config, 1.0, 10.0, p, 0.3) for p in (0.0, 0.2, 0.4, 0.6, 1.0)]
     np.testing.assert_allclose(values, [1, 1, middle, 10, 10])
+
+
+def test_a_ramp_may_follow_the_learning_rate():
+    """DeePMD's prefactors: limit + (start - limit) lr / lr_0."""
+    rates = ScheduleConfig("exponential", warmup=0.0, final=0.01)
+    weights = [
+        ramp(RampConfig("learning_rate"), 100.0, 60.0, p, learning_rate_factor(rates, p))
+        for p in (0.0, 0.5, 1.0)
+    ]
+    np.testing.assert_allclose(weights, [100.0, 64.0, 60.4])
 
 
 def test_weights_of_the_loss_move_only_where_a_final_weight_is_given():
@@ -47,7 +57,7 @@ def test_weights_of_the_loss_move_only_where_a_final_weight_is_given():
         (lambda: RampConfig(start=0.5, end=0.5), "start < end"),
         (lambda: ScheduleConfig(warmup=1.0), "warmup"),
         (lambda: ScheduleConfig(final=0.0), "final"),
-        (lambda: ramp(RampConfig("exponential"), 0.0, 1.0, 0.5), "use cosine"),
+        (lambda: ramp(RampConfig("exponential"), 0.0, 1.0, 0.5, 1.0), "use cosine"),
     ],
 )
 def test_impossible_curves_are_refused(make, words):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gnnmd.models.build import PotentialConfig, build_potential
+from gnnmd.models.convert.weights import Weights
 from gnnmd.models.escn_md import EscnMDConfig, ExpertsConfig
 from gnnmd.models.potential import Potential
 
@@ -122,7 +123,8 @@ def build(
         raise ValueError(
             f"options {unknown} of the fairchem backbone are not known; known are {sorted(known)}"
         )
-    weights = _Weights(state)
+    tables = "backbone.Jd_"  # of rotations
+    weights = Weights({key: x for key, x in state.items() if not key.startswith(tables)})
     roles = _roles(heads, head_kwargs or {}, weights)
     config = _config(options, roles, model_id)
     own = {**_backbone_state(config, weights), **_heads_state(config, roles, weights)}
@@ -139,35 +141,6 @@ def build(
     return potential
 
 
-class _Weights:
-    """Upstream's state dict, which remembers what was read and what was not there."""
-
-    def __init__(self, state: Mapping[str, Tensor]):
-        self.state = {k: v for k, v in state.items() if not k.startswith("backbone.Jd_")}  # rotation tables
-        self.read: set[str] = set()
-        self.missing: list[str] = []
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key not in self.state:
-            self.missing.append(key)
-            return torch.empty(0)
-        self.read.add(key)
-        return self.state[key]
-
-    def has(self, prefix: str) -> bool:
-        """Return whether a key begins so."""
-        return any(key.startswith(prefix) for key in self.state)
-
-    def check_complete(self) -> None:
-        """Refuse a state dict in which something is missing or left over."""
-        left = sorted(set(self.state) - self.read)
-        if self.missing or left:
-            raise ValueError(
-                f"the weights do not fit the configuration: missing {self.missing or 'nothing'}, "
-                f"not used {left or 'nothing'}. Check the options, the heads and the experts"
-            )
-
-
 @dataclass(frozen=True)
 class _Head:
     """One upstream head: the prefix of its weights, its class without wrapper, its arguments."""
@@ -180,7 +153,7 @@ class _Head:
 
 
 def _roles(
-    heads: Mapping[str, str], kwargs: Mapping[str, Mapping[str, Any]], weights: _Weights
+    heads: Mapping[str, str], kwargs: Mapping[str, Mapping[str, Any]], weights: Weights
 ) -> dict[str, _Head]:
     """Return the heads by what they predict: "energy", "forces", "stress"."""
     roles: dict[str, _Head] = {}
@@ -197,7 +170,7 @@ def _roles(
     return roles
 
 
-def _head(name: str, cls: str, options: dict[str, Any], weights: _Weights) -> _Head:
+def _head(name: str, cls: str, options: dict[str, Any], weights: Weights) -> _Head:
     prefix = f"output_heads.{name}."
     wrapper = cls if cls in _WRAPPERS else None
     mapping = None
@@ -227,7 +200,7 @@ def _head(name: str, cls: str, options: dict[str, Any], weights: _Weights) -> _H
     return _Head(prefix, cls, experts, mapping, reduce)
 
 
-def _class_inside(prefix: str, weights: _Weights) -> str:
+def _class_inside(prefix: str, weights: Weights) -> str:
     """Guess the class in a wrapper from its weights."""
     for key, cls in [
         ("energy_block.0.", "MLP_EFS_Head"),
@@ -306,9 +279,10 @@ def _dataset_mapping(options: Mapping[str, Any], energy: _Head) -> dict[str, str
     return mapping or dict(energy.mapping or {})
 
 
-def _backbone_state(config: PotentialConfig, weights: _Weights) -> dict[str, Tensor]:
+def _backbone_state(config: PotentialConfig, weights: Weights) -> dict[str, Tensor]:
     """Return the backbone's weights under the names of `EscnMD`."""
     model, up = config.model, "backbone."
+    assert isinstance(model, EscnMDConfig)
     own = {
         "atom_embedding.weight": weights[up + "sphere_embedding.weight"],
         "source_embedding.weight": weights[up + "source_embedding.weight"],
@@ -338,7 +312,7 @@ def _backbone_state(config: PotentialConfig, weights: _Weights) -> dict[str, Ten
 
 
 def _layer(
-    own: str, up: str, model: EscnMDConfig, experts: tuple[int, int, int, int], weights: _Weights
+    own: str, up: str, model: EscnMDConfig, experts: tuple[int, int, int, int], weights: Weights
 ) -> dict[str, Tensor]:
     m0, m, radial, feed_forward = experts
     state = _norm(own + "norm_1", up + "norm_1", model.norm, weights)
@@ -364,14 +338,12 @@ def _layer(
     return state
 
 
-def _linear(
-    own: str, up: str, weights: _Weights, *, experts: int = 0, bias: bool = True
-) -> dict[str, Tensor]:
+def _linear(own: str, up: str, weights: Weights, *, experts: int = 0, bias: bool = True) -> dict[str, Tensor]:
     state = {f"{own}.weight": weights[f"{up}.{'weights' if experts else 'weight'}"]}
     return state | ({f"{own}.bias": weights[f"{up}.bias"]} if bias else {})
 
 
-def _radial(own: str, up: str, weights: _Weights, experts: int) -> dict[str, Tensor]:
+def _radial(own: str, up: str, weights: Weights, experts: int) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for k in (1, 2, 3):
         state |= _linear(f"{own}.linear_{k}", f"{up}.net.{3 * k - 3}", weights, experts=experts)
@@ -380,7 +352,7 @@ def _radial(own: str, up: str, weights: _Weights, experts: int) -> dict[str, Ten
     return state
 
 
-def _norm(own: str, up: str, kind: str, weights: _Weights) -> dict[str, Tensor]:
+def _norm(own: str, up: str, kind: str, weights: Weights) -> dict[str, Tensor]:
     weight = weights[f"{up}.affine_weight"]
     if kind != "layer_norm_sh":
         return {f"{own}.weight": weight, f"{own}.bias": weights[f"{up}.affine_bias"]}
@@ -388,7 +360,7 @@ def _norm(own: str, up: str, kind: str, weights: _Weights) -> dict[str, Tensor]:
     return {f"{own}.weight": torch.cat([scalar.reshape(1, -1), weight]), f"{own}.bias": bias}
 
 
-def _heads_state(config: PotentialConfig, roles: Mapping[str, _Head], weights: _Weights) -> dict[str, Tensor]:
+def _heads_state(config: PotentialConfig, roles: Mapping[str, _Head], weights: Weights) -> dict[str, Tensor]:
     """Return the heads' weights under the names of `Potential`."""
     energy = roles["energy"]
     state = _mlp("heads.energy", energy.prefix + "energy_block", weights, energy)
@@ -407,7 +379,7 @@ def _heads_state(config: PotentialConfig, roles: Mapping[str, _Head], weights: _
     return state
 
 
-def _mlp(own: str, up: str, weights: _Weights, head: _Head) -> dict[str, Tensor]:
+def _mlp(own: str, up: str, weights: Weights, head: _Head) -> dict[str, Tensor]:
     if head.cls == "Linear_Energy_Head":
         return _linear(f"{own}.layers.0", up, weights, experts=head.experts)
     state: dict[str, Tensor] = {}

@@ -1,0 +1,94 @@
+"""The environment matrix of the DeePMD family: what an atom sees of a neighbour, normalised by its type."""
+
+import torch
+from torch import Tensor
+
+from gnnmd.nn.float64 import Float64Buffers
+
+#: Smallest standard deviation that statistics give, and the one of types that do not occur.
+SMALLEST_STD = 1e-2
+ABSENT_STD = 0.1
+
+
+class Environment(Float64Buffers):
+    """R_ij = (s(r) [1 / (r + p), r_ij / (r + p)^2] - mean) / std, by the type of the centre i.
+
+    From DPA-2 (arXiv 2312.15492); computed in float64, because the vectors are exact.
+
+    Args:
+        n_types: number of types T.
+        protection: p, Angstrom.
+        std: first value of every standard deviation.
+
+    Attributes:
+        mean: ``[T, 4]`` float64 of the radial and the three angular components.
+        std: ``[T, 4]`` float64.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, n_types: int, protection: float = 0.0, std: float = 1.0):
+        super().__init__()
+        self.protection = protection
+        self.register_buffer("mean", torch.zeros(n_types, 4, dtype=torch.float64))
+        self.register_buffer("std", torch.full((n_types, 4), std, dtype=torch.float64))
+
+    def forward(self, vector: Tensor, distance: Tensor, switch: Tensor, centre_type: Tensor) -> Tensor:
+        """Return ``[E, 4]`` float64: the radial and the three angular components, normalised.
+
+        Args:
+            vector: ``[E, 3]`` float64 r_ij, Angstrom.
+            distance: ``[E]`` its length.
+            switch: ``[E]`` s(r), 0 for edges that do not count.
+            centre_type: ``[E]`` type of the atom i.
+        """
+        raw = self.raw(vector, distance, switch)
+        return (raw - self.mean.index_select(0, centre_type)) / self.std.index_select(0, centre_type)
+
+    def raw(self, vector: Tensor, distance: Tensor, switch: Tensor) -> Tensor:
+        """Return the same ``[E, 4]`` before it is normalised."""
+        inverse = 1 / (distance + self.protection)
+        radial = switch * inverse
+        return torch.cat([radial[:, None], (radial * inverse)[:, None] * vector], dim=1)
+
+    def sums(self, raw: Tensor, centre_type: Tensor, owned_type: Tensor, slots: int) -> Tensor:
+        """Return the sums for `set_statistics` over some atoms; they add over batches and ranks.
+
+        Args:
+            raw: ``[E, 4]`` of `raw`, all edges of the atoms.
+            centre_type: ``[E]`` type of the atom i.
+            owned_type: ``[n]`` types of the atoms.
+            slots: neighbours an atom has room for; those it does not have count as zero.
+
+        Returns:
+            ``[T, 4]`` float64: slots of all atoms of a type, the sum of radial components, the sum of their
+            squares, the sum of squares of all angular components.
+        """
+        raw, zeros = raw.detach(), raw.new_zeros(len(self.mean))
+        counts = zeros.index_add(0, owned_type, raw.new_ones(len(owned_type)))
+        radial, angular = raw[:, 0], raw[:, 1:].square().sum(1)
+        values = [zeros.index_add(0, centre_type, x) for x in (radial, radial.square(), angular)]
+        return torch.stack([slots * counts, *values], dim=1)
+
+    @torch.no_grad()
+    def set_statistics(self, sums: Tensor, *, keep_mean_zero: bool = True) -> None:
+        """Set mean and standard deviation per type from `sums` ``[T, 4]`` over data.
+
+        One scalar serves the three angular components, and their mean is zero. Deviations are at least
+        `SMALLEST_STD`; a type that does not occur has `ABSENT_STD`.
+
+        Args:
+            sums: over all data.
+            keep_mean_zero: whether the radial mean is left at zero (it enters the deviation all the same).
+        """
+        slots, radial, radial_squares, angular_squares = sums.unbind(1)
+        n = slots.clamp(min=1)
+        mean = radial / n
+        variances = torch.stack([radial_squares / n - mean.square(), angular_squares / (3 * n)], dim=1)
+        std = variances.clamp(min=0).sqrt().clamp(min=SMALLEST_STD)  # [T, 2]
+        std = torch.where(slots[:, None] > 0, std, ABSENT_STD)
+        self.std.copy_(std[:, [0, 1, 1, 1]])
+        self.mean.zero_()
+        if not keep_mean_zero:
+            self.mean[:, 0] = mean
