@@ -11,6 +11,10 @@ from gnnmd import __version__
 COMMANDS = {
     "train": ("gnnmd.cli:train", "train a potential (on the built-in silver set unless told otherwise)"),
     "info": ("gnnmd.predict.commands:info", "print what a checkpoint says about itself"),
+    "convert": (
+        "gnnmd.predict.commands:convert",
+        "turn a checkpoint of fairchem-core or deepmd-kit into one of gnnmd",
+    ),
     "predict": ("gnnmd.predict.commands:predict", "energies, forces and stress of the frames in a file"),
     "evaluate": ("gnnmd.predict.commands:evaluate", "errors of a checkpoint on labelled frames"),
     "check": (

@@ -195,8 +195,8 @@ def _read(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
         if start == b"PK\x03\x04" or start[:1] == b"\x80":
             raise ValueError(
                 f"{path} is a pickle (torch.save, Lightning .ckpt), which can run code; gnnmd does not load "
-                "it. Use the .safetensors file that training wrote beside it; published fairchem weights "
-                "go through gnnmd.models.convert and save_checkpoint first"
+                "it. Use the .safetensors file that training wrote beside it; weights of fairchem-core and "
+                "deepmd-kit go through gnnmd convert first"
             ) from None
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}). Copy it again") from error
     if _KEY not in metadata:

@@ -1,4 +1,4 @@
-"""The commands ``gnnmd info``, ``gnnmd predict`` and ``gnnmd evaluate``."""
+"""The commands ``gnnmd info``, ``gnnmd convert``, ``gnnmd predict`` and ``gnnmd evaluate``."""
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +18,12 @@ from gnnmd.data.readers import read_frames
 from gnnmd.data.silver import load_silver
 from gnnmd.graph import AtomBatch, LabelKeys
 from gnnmd.models.potential import Prediction
-from gnnmd.predict.checkpoint import CheckpointInfo, read_info
+from gnnmd.predict.checkpoint import CheckpointInfo, read_info, save_checkpoint
 from gnnmd.predict.metrics import SHOWN_UNITS, ErrorMeter, error_table
 from gnnmd.predict.parity_plot import Parity, save_parity_plot
 from gnnmd.predict.settings import InferenceSettings
 from gnnmd.predict.unit import PredictUnit
+from gnnmd.predict.upstream import load_upstream
 from gnnmd.predict.workers import check_alone
 from gnnmd.units import MEV
 
@@ -40,6 +41,22 @@ def info(argv: Sequence[str]) -> int:
     for title in ("config", "statistics", "extra"):
         if content := getattr(found, title):
             console.print(_table(title, dict(_flat(content))))
+    return 0
+
+
+def convert(argv: Sequence[str]) -> int:
+    """Turn a checkpoint of fairchem-core (UMA, eSEN) or deepmd-kit (DPA-2, DPA-3) into one of gnnmd."""
+    parser = argparse.ArgumentParser("gnnmd convert", description=convert.__doc__)
+    parser.add_argument("upstream", type=Path, help="inference checkpoint of fairchem-core, or model.ckpt.pt")
+    parser.add_argument("output", type=Path, help=".safetensors file to write")
+    parser.add_argument("--task", help="data set of a fairchem model, for instance omat")
+    parser.add_argument("--head", help="head of a deepmd-kit model of multi-task training")
+    args = parser.parse_args(argv)
+    if args.output.suffix != ".safetensors":
+        parser.error(f"checkpoints end in .safetensors, not {args.output.suffix!r}")
+    potential, origin = load_upstream(args.upstream, task=args.task, head=args.head)
+    save_checkpoint(args.output, potential, extra=origin)
+    _console().print(f"{args.upstream} -> {args.output} (gnnmd info {args.output})")
     return 0
 
 

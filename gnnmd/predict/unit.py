@@ -27,6 +27,7 @@ from gnnmd.predict.evaluation import (
 )
 from gnnmd.predict.partitioned import PartitionedPotential
 from gnnmd.predict.settings import InferenceSettings
+from gnnmd.predict.upstream import load_upstream
 from gnnmd.predict.workers import WorkerPotential, evaluated_by
 
 
@@ -99,6 +100,30 @@ class PredictUnit:
         unit = cls(potential, device=device, settings=settings, workers=workers)
         unit.info = info
         return unit
+
+    @classmethod
+    def from_upstream(
+        cls,
+        path: str | Path,
+        *,
+        task: str | None = None,
+        head: str | None = None,
+        device: str | torch.device | None = None,
+        settings: InferenceSettings | None = None,
+        workers: int | None = None,
+    ) -> "PredictUnit":
+        """Load a checkpoint of fairchem-core (UMA, eSEN) or deepmd-kit (DPA-2, DPA-3); see `load_upstream`.
+
+        Args:
+            path: the file.
+            task: which data set of a fairchem model, for instance "omat".
+            head: which head of a deepmd-kit model.
+            device: where to compute; None takes a GPU if there is one.
+            settings: arithmetic, memory and outputs.
+            workers: number of processes; None computes in this one.
+        """
+        potential, _ = load_upstream(path, task=task, head=head)
+        return cls(potential, device=device, settings=settings, workers=workers)
 
     @property
     def r_cut(self) -> float:

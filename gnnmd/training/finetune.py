@@ -88,7 +88,12 @@ def start_from(
     return potential, "\n".join(lines)
 
 
-def refit_references(potential: Potential, dataset: AtomsDataset, ranks: Ranks | None = None) -> None:
+def refit_references(
+    potential: Potential,
+    dataset: AtomsDataset,
+    ranks: Ranks | None = None,
+    most_frames: int = REFERENCE_FRAMES,
+) -> None:
     """Shift the reference energy of every element to fit the energies of ``dataset`` best.
 
     Fitted to what the network leaves over, not to the raw energies: the references of a second fit to raw
@@ -98,8 +103,9 @@ def refit_references(potential: Potential, dataset: AtomsDataset, ranks: Ranks |
         potential: on the device of the ranks.
         dataset: energies to fit.
         ranks: they evaluate every frame together; None is this process alone.
+        most_frames: how many frames, spread over the data set, are evaluated at most.
     """
-    frames = torch.linspace(0, len(dataset) - 1, min(len(dataset), REFERENCE_FRAMES)).long()
+    frames = torch.linspace(0, len(dataset) - 1, min(len(dataset), most_frames)).long()
     rests, compositions = [], []
     training = potential.training
     potential.eval()

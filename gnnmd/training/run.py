@@ -26,6 +26,7 @@ from rich.console import Console
 from gnnmd.data.datamodule import AtomsDataModule, AtomsLoader
 from gnnmd.data.statistics import Statistics
 from gnnmd.models.build import PotentialConfig, build_potential, to_dict
+from gnnmd.models.escn_md import EscnMDConfig
 from gnnmd.models.potential import Potential
 from gnnmd.parallel import Mesh, Ranks, WorkerDied, Workers, World
 from gnnmd.predict.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint, write_atomically
@@ -42,6 +43,8 @@ from gnnmd.training.strategy import MeshStrategy, copy_from_first
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"
 ERRORS = "errors.json"
+#: Frames that settle what a fresh network says of each element.
+FRESH_FRAMES = 10
 _DATE = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?"
 
 
@@ -308,6 +311,9 @@ def _fresh_potential(config: TrainConfig, data: AtomsDataModule, mesh: Mesh) -> 
     potential.energy_scale.fill_(scales[0] if scales else 1.0)
     if potential.backbone.needs_statistics:
         _set_statistics(potential.to(mesh.gp.device), data, mesh)
+    if not isinstance(config.model, EscnMDConfig):
+        # A fresh fitting net says some energy per element: left there, it would rule the first steps.
+        refit_references(potential.to(mesh.gp.device), data.train_set, mesh.gp, FRESH_FRAMES)
     return potential
 
 

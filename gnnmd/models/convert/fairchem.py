@@ -77,6 +77,10 @@ _NO_EFFECT = {
     "composition_dropout",
     "use_global_embedding",
     "moe_single",
+    "use_pbc",  # this and the next three are read by nobody
+    "use_pbc_single",
+    "num_sphere_samples",
+    "use_cuda_graph_wigner",
 }
 
 #: Prefix of the published model whose composition mean counts one atom too many.
