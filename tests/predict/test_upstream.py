@@ -80,13 +80,14 @@ def test_calculators_agree_on_random_structures(name, task):
 
     path, rng = FILES / f"{name}.pt", np.random.default_rng(0)
     settings = Settings(base_precision_dtype="float64", activation_checkpointing=False)
-    theirs = FAIRChemCalculator(MLIPPredictUnit(str(path), "cpu", inference_settings=settings), task_name=task)
+    unit = MLIPPredictUnit(str(path), "cpu", inference_settings=settings)
+    theirs = FAIRChemCalculator(unit, task_name=task)
     ours = GNNMDCalculator(PredictUnit.from_upstream(path, task=task, device="cpu", settings=FLOAT64))
     for _ in range(20):
         n = int(rng.integers(2, 12))
         info = {"charge": int(rng.integers(-2, 3)), "spin": int(rng.integers(1, 4))}
-        positions = rng.random((n, 3)) * 6
-        atoms = Atoms(rng.choice([1, 8, 11, 17, 29, 47], n), positions, cell=6 * np.eye(3), pbc=True, info=info)
+        z, positions = rng.choice([1, 8, 11, 17, 29, 47], n), rng.random((n, 3)) * 6
+        atoms = Atoms(z, positions, cell=6 * np.eye(3), pbc=True, info=info)
         found = []
         for calculator in (theirs, ours):
             atoms.calc = calculator

@@ -16,13 +16,17 @@ from ase.data import atomic_numbers
 from lightning.pytorch import Callback
 
 from gnnmd.data.datamodule import AtomsDataModule, DataConfig
+from gnnmd.models.dpa2_config import DPA2Config, RepformerConfig, RepinitConfig
+from gnnmd.models.dpa3_config import DPA3Config
 from gnnmd.models.escn_md import ExpertsConfig
+from gnnmd.models.heads import FittingNetConfig
+from gnnmd.nn.environment import Environment
 from gnnmd.predict import load_checkpoint
 from gnnmd.training.callbacks import BEST, LAST, STATE
 from gnnmd.training.run import evaluate, train
 from gnnmd.training.settings import ParallelConfig
 from tests.training.conftest import columns
-from tests.training.jobs import PressCtrlC
+from tests.training.jobs import PressCtrlC, fit
 
 CURVES = ("epoch", "step", "lr", "train", "val")
 
@@ -206,6 +210,63 @@ def test_molecules_without_cell_and_stress_are_trained_on(config, frames):
     assert "stress_mae" not in result.errors
     assert result.errors["forces_mae"] > 0
     assert load_checkpoint(result.checkpoint)[0].elements == (1, 6, 8)
+
+
+DPA3 = DPA3Config(
+    type_map=("Cu",),
+    n_dim=8,
+    e_dim=6,
+    a_dim=4,
+    nlayers=2,
+    e_rcut=4.0,
+    e_rcut_smth=3.5,
+    a_rcut=3.0,
+    a_rcut_smth=2.5,
+    fix_stat_std=0.0,
+    fitting_net=FittingNetConfig(neuron=(8,)),
+)
+DPA2 = DPA2Config(
+    type_map=("Cu",),
+    repinit=RepinitConfig(
+        rcut=4.0,
+        rcut_smth=1.0,
+        nsel=60,
+        neuron=(4, 8),
+        axis_neuron=2,
+        three_body_rcut=3.0,
+        three_body_rcut_smth=1.0,
+    ),
+    repformer=RepformerConfig(rcut=3.0, rcut_smth=1.0, nsel=20, nlayers=2, g1_dim=8, g2_dim=6, attn2_nhead=2),
+    fitting_net=FittingNetConfig(neuron=(8,)),
+)
+
+
+@pytest.mark.parametrize("model", [DPA3, DPA2], ids=lambda model: model.type)
+def test_dpa_models_take_statistics_from_the_data_and_learn_new_elements(config, frames, model):
+    config = replace(config, model=model, trainer=replace(config.trainer, max_epochs=2))
+    first = train(config)
+    potential, _ = load_checkpoint(first.checkpoint)
+    spreads = [m.std for m in potential.backbone.modules() if isinstance(m, Environment)]
+    assert spreads
+    assert all((std > 0.01).all() and (std != 1).all() for std in spreads)
+    alloy = replace(
+        config, init_from=str(first.folder), data=replace(config.data, train=frames["alloy"], val=None)
+    )
+    alloy.data.val_split = 2
+    second, _ = load_checkpoint(train(alloy).checkpoint)
+    assert second.elements == (29, 47)
+    assert second.backbone.config.type_map == ("Cu", "Ag")
+    old, new = (p.backbone.type_embedding.layer.linear.weight for p in (potential, second))
+    assert new.shape[1] == old.shape[1] + 1
+
+
+@pytest.mark.parametrize("model", [DPA3, DPA2], ids=lambda model: model.type)
+def test_dpa_models_train_on_two_ranks_as_on_one(config, pool, model):
+    """Statistics of the data, references and steps."""
+    config = replace(config, model=model, trainer=replace(config.trainer, max_epochs=1, precision="float64"))
+    one = pool.run(1, fit, config)[0]
+    two = pool.run(2, fit, replace(config, parallel=ParallelConfig(gp=2)))[0]
+    torch.testing.assert_close(two.average, one.average, rtol=1e-8, atol=1e-10)
 
 
 def test_fine_tuning_knows_a_new_element_and_starts_from_the_old_weights(config, frames, console):
