@@ -83,9 +83,7 @@ def load_upstream(
             potential, chosen = fairchem_file.build(model, averaged, tasks, task)
             origin["format"] = "fairchem-core inference checkpoint"
         else:
-            state = content.get("model", content) if isinstance(content, Mapping) else {}
-            if "model_params" not in (state.get("_extra_state") or {}):
-                raise ValueError(f"it holds no model that is known. {_WANTED}")
+            state = _deepmd_state(content)
             if task is not None:
                 raise ValueError(f"task={task!r} is for fairchem; choose a head of deepmd-kit with head=")
             potential, chosen = deepmd_file.build(state, head)
@@ -93,6 +91,14 @@ def load_upstream(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return potential, {"name": path.name, "converted_from": origin | chosen}
+
+
+def _deepmd_state(content: Any) -> Mapping[str, Any]:
+    state = content.get("model", content) if isinstance(content, Mapping) else None
+    extra = state.get("_extra_state") if isinstance(state, Mapping) else None
+    if not isinstance(state, Mapping) or not isinstance(extra, Mapping) or "model_params" not in extra:
+        raise ValueError(f"it holds no model that is known. {_WANTED}")
+    return state
 
 
 def _field(checkpoint: _FairchemCheckpoint, name: str) -> Any:
@@ -134,7 +140,7 @@ def _read(path: Path) -> Any:
     with safe_globals(_ADMITTED):
         try:
             refused = get_unsafe_globals_in_checkpoint(path)
-            content = None if refused else torch.load(path, map_location="cpu", weights_only=True)
+            content = None if refused else torch.load(path, "cpu", mmap=True, weights_only=True)
         except _DAMAGE as error:
             raise ValueError(
                 f"{path} is damaged, or no file that torch.save wrote ({error}). Download it again"
@@ -154,13 +160,15 @@ def _refuse_other_formats(path: Path) -> None:
         start = file.read(4)
     if start != b"PK\x03\x04":
         if path.suffix == ".pb":
-            raise ValueError(f"{path} is a TensorFlow graph, which has no names of layers. {_WANTED}")
+            raise ValueError(f"{path} is a frozen TensorFlow graph. {_WANTED}")
         if path.suffix == ".safetensors":
             raise ValueError(f"{path} needs no conversion: load it with PredictUnit.from_checkpoint")
         raise ValueError(f"{path} is not an archive that torch.save wrote. {_WANTED}")
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            if bad := archive.testzip():  # torch does not compare checksums
+                raise zipfile.BadZipFile(f"wrong checksum of {bad}")
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is truncated or damaged ({error}). Download it again") from error
     if any(name.endswith("/constants.pkl") for name in names):

@@ -204,6 +204,16 @@ def test_a_damaged_pickle_is_named(tmp_path):
         load_upstream(tmp_path / "uma.pt")
 
 
+def test_a_flipped_bit_in_a_weight_is_found(tmp_path):
+    content = bytearray((FILES / "uma.pt").read_bytes())
+    with zipfile.ZipFile(FILES / "uma.pt") as archive:
+        largest = max((i for i in archive.infolist() if "/data/" in i.filename), key=lambda i: i.file_size)
+    content[largest.header_offset + 1000] ^= 1
+    (tmp_path / "uma.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"uma\.pt is truncated or damaged .wrong checksum of .*/data/"):
+        load_upstream(tmp_path / "uma.pt", task="omat")
+
+
 def frozen(path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
 
@@ -216,7 +226,11 @@ def compiled(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "make", "message"),
     [
-        ("graph.pb", lambda path: path.write_bytes(b"\x0a\x1fabc"), "is a TensorFlow graph.*model.ckpt"),
+        (
+            "graph.pb",
+            lambda path: path.write_bytes(b"\x0a\x1fabc"),
+            "is a frozen TensorFlow graph.*model.ckpt",
+        ),
         ("a.safetensors", lambda path: path.write_bytes(b"\x08" * 9), "load it with PredictUnit"),
         ("frozen.pth", frozen, r"frozen TorchScript model \(.pth\).*the checkpoint it was made from"),
         ("model.pt2", compiled, r"compiled model \(.pt2\).*the checkpoint it was made from"),
@@ -226,6 +240,7 @@ def compiled(path: Path) -> None:
             "no model that is known.*fairchem",
         ),
         ("a.pt", lambda path: torch.save([1, 2], path), "no model that is known"),
+        ("a.pt", lambda path: torch.save({"model": 3}, path), "no model that is known"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
