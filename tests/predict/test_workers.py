@@ -230,7 +230,9 @@ def test_numbers_of_workers_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> N
     assert PredictUnit(network(), device="cpu").predict(slab()).energy.isfinite()  # alone, as ever
 
 
+# Lines are written at once: two processes write to one pipe, and print() writes in pieces.
 SCRIPT = """
+import os
 from ase.build import bulk
 from gnnmd import GNNMDCalculator, InferenceSettings, PredictUnit
 
@@ -239,7 +241,8 @@ unit = PredictUnit.from_checkpoint("model.safetensors", device="cpu", settings=e
 atoms = bulk("Ag", cubic=True) * (2, 2, 5)
 atoms.rattle(0.1, seed=1)
 atoms.calc = GNNMDCalculator(unit, dataset="pbe")
-print(repr(atoms.get_potential_energy()), repr(float(abs(atoms.get_forces()).max())))
+energy, force = float(atoms.get_potential_energy()), float(abs(atoms.get_forces()).max())
+os.write(1, f"{energy!r} {force!r}\\n".encode())
 """
 
 DIFFERENT = """
@@ -247,7 +250,7 @@ atoms.rattle(0.1, seed=unit._together.ranks.rank)
 try:
     atoms.get_forces()
 except ValueError as error:
-    print(error)
+    os.write(1, f"{error}\\n".encode())
 """
 
 
