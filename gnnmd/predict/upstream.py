@@ -105,7 +105,10 @@ def _field(checkpoint: _FairchemCheckpoint, name: str) -> Any:
     value = getattr(checkpoint, name, None)
     if not value:
         raise ValueError(f"the checkpoint has no {name}; export it again with fairchem-core 2")
-    return _plain(value)
+    try:
+        return _plain(value)
+    except RecursionError:
+        raise ValueError(f"options of {name} refer to themselves; the file is damaged") from None
 
 
 def _plain(value: Any) -> Any:

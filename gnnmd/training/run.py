@@ -325,7 +325,8 @@ def _set_statistics(potential: Potential, data: AtomsDataModule, mesh: Mesh) -> 
         batch = labelled_graph(potential, frames, mesh.gp).to(mesh.gp.device)
         g = batch.graph.with_positions(batch.gp.exchange(batch.labels.positions), batch.graph.cell)
         sums.append((not loader.repeats(i)) * backbone.statistics(g, batch.gp.n_owned))
-    backbone.set_statistics(mesh.world.sum(torch.stack(sums).sum(0)))
+    # Replicas of one rank count on the CPU, but their sums travel where the ranks are.
+    backbone.set_statistics(mesh.world.sum(torch.stack(sums).sum(0).to(mesh.world.device)))
 
 
 def _continued(

@@ -111,3 +111,11 @@ def deviations(found: Answers, expected: Answers) -> dict[str, float]:
         name: float((found[name] - x).abs().nan_to_num(torch.inf).max()) / max(1.0, float(x.abs().max()))
         for name, x in expected.items()
     }
+
+
+def assert_ranks_agree(pool, size: int, make, batch: AtomBatch, *options) -> None:
+    """Compare ``size`` ranks with one to 1e-10; ``options`` are those of `many_ranks`."""
+    expected = one_rank(make(), batch)
+    assert all(float(x.abs().max()) > 1e-9 for key, x in expected.items() if key != "stress")
+    for found in pool.run(size, many_ranks, make, batch, "auto", *options, timeout=120):
+        assert max(deviations(found, expected).values()) < 1e-10, deviations(found, expected)

@@ -6,7 +6,7 @@ from gnnmd.models.dpa3_config import DPA3Config
 from gnnmd.models.heads import FittingNetConfig
 from gnnmd.models.potential import Potential
 from gnnmd.parallel import GPContext, Ranks, build_plan, share_of
-from tests.parallel.parity import deviations, many_ranks, one_rank
+from tests.parallel.parity import assert_ranks_agree, deviations, many_ranks, one_rank
 from tests.parallel.structures import structure
 
 
@@ -42,11 +42,7 @@ def chunked() -> Potential:
 
 
 def check(pool, size: int, make, name: str, context: str = "all_to_all", skin=0.0, headroom=0.0) -> None:
-    batch = structure(name)
-    expected = one_rank(make(), batch)
-    assert all(float(x.abs().max()) > 1e-9 for key, x in expected.items() if key != "stress")
-    for found in pool.run(size, many_ranks, make, batch, "auto", context, skin, headroom, timeout=120):
-        assert max(deviations(found, expected).values()) < 1e-10, deviations(found, expected)
+    assert_ranks_agree(pool, size, make, structure(name), context, skin, headroom)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import torch
 from gnnmd.models.build import PotentialConfig, build_potential
 from gnnmd.models.escn_md import EscnMDConfig, ExpertsConfig
 from gnnmd.models.potential import Potential
-from tests.parallel.parity import deviations, many_ranks, one_rank
+from tests.parallel.parity import assert_ranks_agree, deviations, many_ranks, one_rank
 from tests.parallel.structures import structure
 
 
@@ -39,11 +39,7 @@ def limited_neighbors() -> Potential:
 
 
 def check(pool, size: int, make, name: str, context: str = "all_to_all") -> None:
-    batch = structure(name)
-    expected = one_rank(make(), batch)
-    assert all(float(x.abs().max()) > 1e-9 for key, x in expected.items() if key != "stress")
-    for found in pool.run(size, many_ranks, make, batch, "auto", context, timeout=120):
-        assert max(deviations(found, expected).values()) < 1e-10, deviations(found, expected)
+    assert_ranks_agree(pool, size, make, structure(name), context)
 
 
 @pytest.mark.parametrize(

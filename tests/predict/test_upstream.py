@@ -19,7 +19,7 @@ from gnnmd import cli
 from gnnmd.interfaces.ase import GNNMDCalculator
 from gnnmd.predict import InferenceSettings, PredictUnit
 from gnnmd.predict.checkpoint import load_checkpoint
-from gnnmd.predict.upstream import _plain, load_upstream
+from gnnmd.predict.upstream import _FairchemCheckpoint, _field, _plain, load_upstream
 from tests.models.convert.test_deepmd import atoms_of, golden
 from tests.upstream.make_deepmd_checkpoint import model, write
 
@@ -255,3 +255,10 @@ def test_a_missing_file_and_a_folder(tmp_path):
         load_upstream(tmp_path)
     with pytest.raises(FileNotFoundError):
         load_upstream(tmp_path / "uma.pt")
+
+
+def test_options_that_refer_to_themselves_are_refused():
+    checkpoint = _FairchemCheckpoint()
+    checkpoint.model_config = OmegaConf.create({"a": "${b}", "b": "${a}"})
+    with pytest.raises(ValueError, match="options of model_config refer to themselves"):
+        _field(checkpoint, "model_config")
