@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -11,12 +11,30 @@ from torch import Tensor
 
 from gnnmd.graph import AtomBatch, NeighborList
 from gnnmd.models.potential import Potential, Prediction
+from gnnmd.parallel import Ranks
 from gnnmd.predict.settings import InferenceSettings
 
 _T = TypeVar("_T", AtomBatch, NeighborList)
 
 #: Bytes of one call on a CPU. eSCN-MD with 64 channels takes 40 % longer per atom with four times as much.
 _CPU_BUDGET = 2**28
+
+
+@dataclass(frozen=True)
+class RankPotential:
+    """What one rank needs to evaluate a potential together with the others.
+
+    Attributes:
+        potential: a frozen copy, on ``device``.
+        settings: how it is evaluated.
+        ranks: who evaluates it.
+        device: where.
+    """
+
+    potential: Potential
+    settings: InferenceSettings
+    ranks: Ranks
+    device: torch.device
 
 
 def frozen_copy(potential: Potential, device: torch.device, settings: InferenceSettings) -> Potential:

@@ -17,6 +17,7 @@ from gnnmd.models.potential import Potential, Prediction
 from gnnmd.parallel import Plan, Ranks, WorkerDied
 from gnnmd.predict.batching import take_systems
 from gnnmd.predict.evaluation import (
+    RankPotential,
     bytes_for_a_call,
     check_systems,
     count_saved_bytes,
@@ -61,6 +62,11 @@ class PartitionedPotential:
         if self._ranks is None:
             raise WorkerDied("the processes that shared the atoms have parted; make a new PredictUnit")
         return self._ranks
+
+    @property
+    def share(self) -> RankPotential:
+        """What this rank needs to evaluate the potential in its own way (molecular dynamics)."""
+        return RankPotential(self.potential, self.settings, self.ranks, self.ranks.device)
 
     def leave(self) -> None:
         """Let go of the other ranks.

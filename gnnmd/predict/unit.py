@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from ase import Atoms
 
 from gnnmd.graph import AtomBatch, NeighborList, VerletList, neighbor_list
 from gnnmd.models.potential import Potential, Prediction
-from gnnmd.parallel import GPContext
+from gnnmd.parallel import GPContext, Ranks
 from gnnmd.predict.batching import edges_per_system, next_stop, split_by_atoms, take_neighbors, take_systems
 from gnnmd.predict.checkpoint import CheckpointInfo, load_checkpoint
 from gnnmd.predict.evaluation import (
+    RankPotential,
     bytes_for_a_call,
     check_systems,
     count_saved_bytes,
@@ -210,6 +212,28 @@ class PredictUnit:
                 descriptors=self.settings.descriptors,
             )
         return on_cpu(prediction)
+
+    def on_ranks(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run ``function(share, *args)`` where the potential is evaluated: in this process or in every
+        worker.
+
+        Args:
+            function: with workers, a function of an importable module; it gets a `RankPotential`.
+            *args: sent to every worker.
+
+        Returns:
+            What it returns; with workers, what it returns on the first one.
+        """
+        if isinstance(self._together, WorkerPotential):
+            return self._together.on_ranks(function, *args)
+        if self._together is not None:
+            return function(self._together.share, *args)
+        return function(RankPotential(self.potential, self.settings, Ranks(), self.device), *args)
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the workers, if there are any, while `on_ranks` runs."""
+        if isinstance(self._together, WorkerPotential):
+            self._together.send_signal(number)
 
     def neighbor_list(self, batch: AtomBatch) -> NeighborList:
         """Return the neighbour list of a batch within the potential's cutoff, on the unit's device."""

@@ -1,6 +1,6 @@
 """A potential that several processes evaluate together: workers of this one, or those started with it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,14 @@ class WorkerPotential:
         """Evaluate a batch in one call of the network; see `PartitionedPotential.evaluate`."""
         first: tuple[Prediction, bool] = self._workers.call(_evaluate, _packed(batch), skin)[0]
         return first
+
+    def on_ranks(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run ``function(share, *args)`` on every worker; return what the first one returns."""
+        return self._workers.call(_on_share, function, *args)[0]
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to every worker, while a call is under way."""
+        self._workers.send_signal(number)
 
     def rows(self, batch: AtomBatch) -> list[int]:
         """Return the number of edges and atoms of each system."""
@@ -81,6 +89,11 @@ def check_alone(n: int | None) -> None:
             f"workers={n}, but {world.size} processes run this command: start it once, it starts its workers "
             "itself (over several hosts, use a PredictUnit in a script of your own)"
         )
+
+
+def _on_share(ranks: Ranks, function: Callable[..., Any], *args: Any) -> Any:
+    answer = function(_mine.share, *args)
+    return answer if ranks.rank == 0 else None
 
 
 def _receive(ranks: Ranks, potential: Potential, settings: InferenceSettings) -> None:
