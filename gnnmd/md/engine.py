@@ -1,5 +1,4 @@
-"""Forces of a partitioned system, step after step: when plans stand, when they are rebuilt, and what is
-checked.
+"""Forces of a partitioned system, step after step: when a plan stands, when it is rebuilt, what is checked.
 
 Between rebuilds a step needs no answer from the device. How far atoms have moved is followed on the device
 at every step and read every few: the next reading is due before the fastest atom can have used up the skin.

@@ -214,8 +214,7 @@ class PredictUnit:
         return on_cpu(prediction)
 
     def on_ranks(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run ``function(share, *args)`` where the potential is evaluated: in this process or in every
-        worker.
+        """Run ``function(share, *args)`` where the potential is evaluated: here or in every worker.
 
         Args:
             function: with workers, a function of an importable module; it gets a `RankPotential`.
