@@ -7,6 +7,7 @@ closer readings. So no step ever stands whose edges may have been incomplete.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,6 +86,7 @@ class Engine:
         compact: leave out the edges in the skin at every step: the network has less to do, but shapes change
             and the host waits for the device.
         limits: what stops the simulation.
+        wish: returns a positive number to ask all ranks for attention (the signal that has come).
 
     Attributes:
         plan: who owns what, and the edges.
@@ -92,8 +94,9 @@ class Engine:
         n_mobile: those that are not held fixed.
         wants_stress: whether evaluations compute the stress, asked or not.
         was_read: whether the last evaluation was one that looked at the device.
-        wish: set to a positive number to ask all ranks for attention (a signal has come).
         wished: the largest wish of all ranks at the last reading.
+        own_pace: seconds per step on this rank; set by the loop.
+        pace: the largest of all ranks at the last reading; NaN before.
         counters: what happened so far.
     """
 
@@ -112,12 +115,14 @@ class Engine:
         headroom: float = 0.0,
         compact: bool = True,
         limits: Limits | None = None,
+        wish: Callable[[], int] = lambda: 0,
     ) -> None:
         self.ranks, self.potential = evaluator.ranks, evaluator.potential
         self.seed, self.compact = seed, compact
         self.counters = Counters()
         self.wants_stress = self.was_read = False
-        self.wish = self.wished = 0
+        self.wished = 0
+        self.own_pace = self.pace = math.nan
         limit = self.potential.backbone.max_neighbors
         self._columns = tuple(name for name in columns if name not in _OWN)
         self.plan: Plan = build_plan(
@@ -139,6 +144,7 @@ class Engine:
         self.n_mobile = round(float(self.total(self.plan.carried[_OWN.index("mobile")][:, 0])))
         self._settings, self._pbc = evaluator.settings, piece.pbc[0]
         self._dt, self._changes_cell = timestep * FEMTOSECOND, changes_cell
+        self._wish = wish
         self._limits, self._first_energy = limits or Limits(), math.nan
         self._unread, self._every, self._worst = 0, 1, self.plan.positions.new_zeros(())
 
@@ -225,16 +231,16 @@ class Engine:
     def _read(self, s: State, used: Tensor) -> None:
         """Look how far atoms have moved; rebuild where that is due."""
         speed = _longest(s.velocities)
-        wish = torch.full_like(used, self.wish)
-        most = torch.stack((used, self._worst, speed, wish)).nan_to_num(nan=math.inf)
+        said = used.new_tensor([self._wish(), 0.0 if math.isnan(self.own_pace) else self.own_pace])
+        most = torch.cat((torch.stack((used, self._worst, speed)), said)).nan_to_num(nan=math.inf)
         kinetic = self.total(s.masses * s.velocities.square().sum(1)) / 2
         values = torch.cat((self.ranks.max(most), torch.stack((kinetic, s.energy)))).tolist()
-        now, worst, fastest, wished, kinetic_energy, energy = values
+        now, worst, fastest, wished, pace, kinetic_energy, energy = values
         self.counters.readings += 1
         self._check(s, [now, worst, fastest, energy], kinetic_energy)
         if worst > 1:
             raise RepeatSteps
-        self.wished = int(wished)
+        self.wished, self.pace = int(wished), pace or math.nan
         if now > 1:
             self._rebuild(s)
             now = 0.0

@@ -58,6 +58,8 @@ class Integrator:
     conserves_momentum = True
     #: Whether every step needs the stress.
     needs_stress = False
+    #: Whether the cell may change from step to step.
+    changes_cell = False
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -84,6 +86,10 @@ class Integrator:
     def step(self, s: State, engine: Engine) -> None:
         """Move the state from ``s.step`` to the next; evaluates forces once. Collective."""
         raise NotImplementedError
+
+    def converged(self, s: State, engine: Engine) -> bool:
+        """Tell whether there is nothing more to do; asked only at steps that are looked at. Collective."""
+        return False
 
     def conserved(self, s: State, engine: Engine) -> Tensor:
         """Return the quantity that exact integration would keep, eV. Collective."""

@@ -107,12 +107,16 @@ class Reporter:
     def end(self, view: View) -> None:
         """Write what is left; the run ends here, or goes on later with `begin`. Collective."""
 
-    def result(self) -> Any:
-        """Return what was found so far; the caller sees it as ``reporter.result()`` of its own object."""
+    def show(self, row: dict[str, Any]) -> None:
+        """Tell the user what `report` returned; called in the caller's process."""
 
     def saved(self) -> dict[str, Tensor]:
-        """Return what a restart must know of this reporter, the same on every rank."""
+        """Return all that was found so far, summed over ranks and the same on each. Collective.
+
+        A restart keeps it. The caller's own object takes it back at the end of a run, so that methods that
+        evaluate it work there, whoever holds the atoms.
+        """
         return {}
 
     def restore(self, saved: dict[str, Tensor]) -> None:
-        """Take back what `saved` returned; called before `begin`."""
+        """Take back what `saved` returned; before `begin`, or in the caller's process after a run."""

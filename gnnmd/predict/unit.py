@@ -132,6 +132,12 @@ class PredictUnit:
         """Cutoff of the potential, Angstrom."""
         return self.potential.r_cut
 
+    @property
+    def first(self) -> bool:
+        """Whether this process tells and writes: of several that torchrun or srun started, one does."""
+        together = self._together
+        return not isinstance(together, PartitionedPotential) or together.ranks.rank == 0
+
     def close(self) -> None:
         """End the workers; without any, nothing."""
         self._close()

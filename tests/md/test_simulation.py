@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+from ase.build import bulk
+from ase.constraints import FixAtoms, FixCom
+
+from gnnmd import InferenceSettings, PredictUnit
+from gnnmd.md import NVE, Langevin, Simulation
+from gnnmd.models.emt import emt
+
+EXACT = InferenceSettings(dtype="float64")
+
+
+def crystal():
+    return bulk("Ag", cubic=True) * (4, 3, 3)
+
+
+def unit(workers=None):
+    return PredictUnit(emt(), device="cpu", settings=EXACT, workers=workers)
+
+
+@pytest.mark.parametrize("integrator", [NVE(timestep=5), Langevin(timestep=5, temperature=600)])
+def test_the_trajectory_does_not_depend_on_the_number_of_ranks(integrator):
+    ends = []
+    for workers in (None, 2):
+        with unit(workers) as u:
+            ends.append(Simulation(crystal(), u, integrator, temperature=600).run(30).run(20).atoms)
+    one, two = ends
+    np.testing.assert_allclose(two.positions, one.positions, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(two.get_momenta(), one.get_momenta(), rtol=0, atol=1e-11)
+    assert np.abs(one.positions - crystal().positions).max() > 0.1
+
+
+def test_steps_that_were_looked_at_too_late_are_repeated_and_change_nothing(monkeypatch):
+    ends = []
+    for haste in (1.5, 0.2):
+        monkeypatch.setattr("gnnmd.md.engine.HASTE", haste)
+        simulation = Simulation(crystal(), unit(), NVE(timestep=5), temperature=900).run(60)
+        ends.append((simulation.counters, simulation.atoms))
+    assert ends[0][0].repeated == 0
+    assert ends[1][0].repeated > 0
+    np.testing.assert_array_equal(ends[1][1].positions, ends[0][1].positions)
+
+
+def test_fixed_atoms_stay_and_others_move():
+    atoms = crystal()
+    atoms.set_constraint(FixAtoms([0, 5]))
+    end = Simulation(atoms, unit(), Langevin(timestep=5, temperature=600)).run(20).atoms
+    moved = np.linalg.norm(end.positions - atoms.positions, axis=1)
+    assert (moved[[0, 5]] == 0).all()
+    assert (np.delete(moved, [0, 5]) > 0).all()
+
+
+def test_what_cannot_be_simulated_is_refused():
+    with pytest.raises(ValueError, match="no velocities"):
+        Simulation(crystal(), unit(), NVE())
+    atoms = crystal()
+    atoms.set_constraint(FixCom())
+    with pytest.raises(ValueError, match="only FixAtoms"):
+        Simulation(atoms, unit(), NVE(), temperature=300)
