@@ -86,9 +86,12 @@ class WorkerPool:
         return [answers[rank] for rank in range(size)]
 
     def _start(self, size: int) -> None:
-        # The fork server imports torch once; its children start in milliseconds and share the pages.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "gnnmd.training.run", "ase"])
+        if self._backend == "nccl":
+            context: Any = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        else:
+            # The fork server imports torch once; its children start in milliseconds and share the pages.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["torch.distributed", "gnnmd.training.run", "ase"])
         # One thread each: eight processes share two cores. Read when the fork server imports torch.
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"
