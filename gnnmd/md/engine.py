@@ -97,6 +97,10 @@ class Engine:
         wished: the largest wish of all ranks at the last reading.
         own_pace: seconds per step on this rank; set by the loop.
         pace: the largest of all ranks at the last reading; NaN before.
+        next_skin: skin of the plan from the next reading on, Angstrom; None leaves it.
+        tunes: whether to note the next.
+        travel: at every reading, how many steps the plan had stood and how far the farthest atom had moved,
+            Angstrom.
         counters: what happened so far.
     """
 
@@ -123,6 +127,9 @@ class Engine:
         self.wants_stress = self.was_read = False
         self.wished = 0
         self.own_pace = self.pace = math.nan
+        self.next_skin: float | None = None
+        self.tunes = False
+        self.travel: list[tuple[int, float]] = []
         limit = self.potential.backbone.max_neighbors
         self._columns = tuple(name for name in columns if name not in _OWN)
         self.plan: Plan = build_plan(
@@ -146,6 +153,7 @@ class Engine:
         self._dt, self._changes_cell = timestep * FEMTOSECOND, changes_cell
         self._wish = wish
         self._limits, self._first_energy = limits or Limits(), math.nan
+        self._stood = 0
         self._unread, self._every, self._worst = 0, 1, self.plan.positions.new_zeros(())
 
     def begin(self, step: int = 0) -> State:
@@ -161,7 +169,7 @@ class Engine:
             stress=x.new_zeros(3, 3),
             **self._owned_columns(),
         )
-        self._compute(s, stress=True)
+        self.call(s, stress=True)
         self._first_energy = float(s.energy)
         return s
 
@@ -186,7 +194,7 @@ class Engine:
             self._read(s, used)
         else:
             self._worst = torch.maximum(self._worst, used)
-        self._compute(s, stress=stress or self.wants_stress)
+        self.call(s, stress=stress or self.wants_stress)
 
     def read_next(self) -> None:
         """Let the next evaluation look at the device: its step will be reported."""
@@ -198,7 +206,8 @@ class Engine:
         self._unread, self._every = 0, 1
         self._worst = torch.zeros_like(self._worst)
 
-    def _compute(self, s: State, *, stress: bool) -> None:
+    def call(self, s: State, *, stress: bool = False) -> None:
+        """Evaluate the potential with the plan as it is. Collective."""
         self.counters.evaluations += 1
         cell = s.cell[None]
         with own_arithmetic(s.positions.device, self._settings.tf32):
@@ -241,7 +250,10 @@ class Engine:
         if worst > 1:
             raise RepeatSteps
         self.wished, self.pace = int(wished), pace or math.nan
-        if now > 1:
+        self._stood += self._unread
+        if self.tunes:
+            self.travel.append((self._stood, now * self.plan.skin / 2))
+        if now > 1 or self.next_skin is not None:
             self._rebuild(s)
             now = 0.0
         left = (1 - now) * self.plan.skin / 2
@@ -275,8 +287,9 @@ class Engine:
     def _rebuild(self, s: State) -> None:
         carried = (s.velocities, s.masses, s.mobile, *(s.columns[name] for name in s.columns))
         self._columns = tuple(s.columns)
-        self.plan = self.plan.rebuild(s.positions, s.cell[None], carried)
+        self.plan = self.plan.rebuild(s.positions, s.cell[None], carried, skin=self.next_skin)
         self.counters.rebuilds += 1
+        self.next_skin, self._stood = None, 0
         s.positions = self.plan.positions.clone()
         s.forces = torch.zeros_like(s.positions)
         for name, value in self._owned_columns().items():

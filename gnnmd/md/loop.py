@@ -14,6 +14,7 @@ from gnnmd.md import signals
 from gnnmd.md.engine import Counters, Engine, Limits, RepeatSteps
 from gnnmd.md.integrators import Integrator
 from gnnmd.md.reporters import Reporter, View
+from gnnmd.md.tuning import FIRST_SKIN, WATCHED, cheapest_skin
 from gnnmd.parallel import share_of
 from gnnmd.predict.evaluation import RankPotential
 
@@ -30,7 +31,7 @@ class Setup:
         columns: ``velocities``, ``masses`` and ``mobile`` of its atoms (see `State`).
         integrator: the equations of motion.
         reporters: who looks at it.
-        skin: Angstrom.
+        skin: Angstrom; None finds the cheapest in the first steps.
         seed: of all random numbers.
         limits: what stops it.
         partition: see `build_plan`.
@@ -42,7 +43,7 @@ class Setup:
     columns: dict[str, Tensor]
     integrator: Integrator
     reporters: Sequence[Reporter]
-    skin: float
+    skin: float | None
     seed: int
     limits: Limits
     partition: str = "auto"
@@ -88,7 +89,7 @@ class Loop:
             ids.to(share.device),
             {name: column[ids].to(share.device) for name, column in setup.columns.items()},
             timestep=setup.integrator.timestep,
-            skin=setup.skin,
+            skin=FIRST_SKIN if setup.skin is None else setup.skin,
             changes_cell=setup.integrator.changes_cell,
             seed=setup.seed,
             partition=setup.partition,
@@ -97,6 +98,7 @@ class Loop:
             limits=setup.limits,
             wish=signals.asked,
         )
+        self.engine.tunes = setup.skin is None and self.engine.plan.skin > 0
         self.state = self.engine.begin()
         self.integrator.begin(self.state, self.engine)
         self._good = self.state.copy()
@@ -165,6 +167,8 @@ class Loop:
             return False
         if engine.was_read:
             self._good = self.state.copy()
+        if engine.tunes and self.state.step >= WATCHED:
+            engine.tunes, engine.next_skin = False, cheapest_skin(engine, self.state)
         taken = time.perf_counter() - begun
         lately = taken if math.isnan(engine.own_pace) else engine.own_pace
         engine.own_pace = lately + _FORGET * (taken - lately)

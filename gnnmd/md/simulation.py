@@ -49,7 +49,8 @@ class Simulation:
         temperature: K, of the first velocities if the atoms have none (without drift; 0 is rest); None takes
             the integrator's.
         seed: of all random numbers.
-        skin: how much farther than the cutoff neighbours are listed, Angstrom.
+        skin: how much farther than the cutoff neighbours are listed, Angstrom; None finds the fastest in the
+            first steps. Results are the same to rounding; to the last bit they repeat only with a number.
         limits: what stops the run; None are generous ones.
         partition: how atoms are divided over ranks, see `build_plan`.
 
@@ -71,7 +72,7 @@ class Simulation:
         reporters: Sequence[Reporter] = (),
         temperature: float | None = None,
         seed: int = 0,
-        skin: float = 0.5,
+        skin: float | None = None,
         limits: Limits | None = None,
         partition: str = "auto",
     ) -> None:

@@ -119,7 +119,9 @@ class Plan:
         return self.ranks.max(exceeded.int()).bool()
 
     @torch.no_grad()
-    def rebuild(self, positions: Tensor, cell: Tensor, carried: tuple[Tensor, ...] = ()) -> "Plan":
+    def rebuild(
+        self, positions: Tensor, cell: Tensor, carried: tuple[Tensor, ...] = (), *, skin: float | None = None
+    ) -> "Plan":
         """Build the plan anew at new positions; collective.
 
         Atoms keep their owner, and their row, until this costs more than 10 % in ghosts or edges on the rank
@@ -130,6 +132,7 @@ class Plan:
             positions: ``[n_owned, 3]`` Angstrom.
             cell: ``[B, 3, 3]`` Angstrom.
             carried: per-atom rows that travel with the owned atoms.
+            skin: of the new plan, Angstrom; None keeps it. Where it changes, atoms keep their owner.
         """
         n = self.gp.n_owned
         held = Held(self.ids[:n], self.graph.numbers[:n], self.graph.system[:n], positions, carried)
@@ -137,6 +140,9 @@ class Plan:
             check_columns(held.columns)
             check_finite(held.positions, held.id)
         batch = replace(self._batch, cell=cell)
+        if skin is not None and skin != self.skin:
+            options = self._options._replace(skin=skin)
+            return _with_room(_link(held, batch, self.cuts, self.ranks, options), None)
         plan = _link(held, batch, self.cuts, self.ranks, self._options)
         if (plan._load > REPARTITION * self._load).any():
             return _build(held, batch, self.ranks, self._options)

@@ -57,3 +57,11 @@ def test_what_cannot_be_simulated_is_refused():
     atoms.set_constraint(FixCom())
     with pytest.raises(ValueError, match="only FixAtoms"):
         Simulation(atoms, unit(), NVE(), temperature=300)
+
+
+def test_the_skin_that_is_found_changes_nothing_but_the_pace():
+    ends = []
+    for skin in (None, 0.4):
+        simulation = Simulation(crystal(), unit(), NVE(timestep=5), temperature=600, skin=skin).run(60)
+        ends.append(simulation.atoms.positions)
+    np.testing.assert_allclose(ends[0], ends[1], rtol=0, atol=1e-11)
