@@ -34,7 +34,7 @@ def test_steps_that_were_looked_at_too_late_are_repeated_and_change_nothing(monk
     ends = []
     for haste in (1.5, 0.2):
         monkeypatch.setattr("gnnmd.md.engine.HASTE", haste)
-        simulation = Simulation(crystal(), unit(), NVE(timestep=5), temperature=900).run(60)
+        simulation = Simulation(crystal(), unit(), NVE(timestep=5), temperature=900, skin=0.5).run(60)
         ends.append((simulation.counters, simulation.atoms))
     assert ends[0][0].repeated == 0
     assert ends[1][0].repeated > 0
