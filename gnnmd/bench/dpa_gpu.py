@@ -153,7 +153,8 @@ def _times(
 def _profile(call: Callable[[], object], device: torch.device, n: int, title: str) -> str:
     """Return tables of kernels (on a GPU) and of host operations, largest first; times per call."""
     on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as trace:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, acc_events=True) as trace:  # torch 2.11 warns without
         for _ in range(n):
             call()
         if on_gpu:
