@@ -56,7 +56,7 @@ def main() -> None:
     for n_atoms in options.atoms:
         try:
             record = measure(n_atoms, options)
-        except RuntimeError as error:  # out of memory, or the compiler: the other sizes still count
+        except Exception as error:  # out of memory, or the compiler's: the other sizes still count
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             record = {"atoms": n_atoms, "compile": options.compile, "error": reason}
         print_record(record, provenance())

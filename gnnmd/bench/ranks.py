@@ -122,7 +122,11 @@ class _Silent(GPContext):
 def _times(
     potential: Potential, plan: Plan, kind: str, clock: "_Clock", options: dict[str, Any]
 ) -> dict[str, Any]:
-    gp: GPContext = AllGatherContext.like(plan.gp) if kind == "all_gather" else plan.gp
+    gp = plan.gp
+    if kind == "all_gather":
+        gp = AllGatherContext.like(gp)
+    elif kind == "one rank":
+        gp = GPContext.single(gp.n_owned)  # else it would send to itself
     n, x, backbone, stress = options["calls"], plan.positions, potential.backbone, not options["no_stress"]
     n_owned, on_gpu = gp.n_owned, x.device.type == "cuda"
     out: dict[str, Any] = {}
