@@ -153,7 +153,7 @@ class Engine:
         self._dt, self._changes_cell = timestep * FEMTOSECOND, changes_cell
         self._wish = wish
         self._limits, self._first_energy = limits or Limits(), math.nan
-        self._stood = 0
+        self._stood = self._watch_until = 0
         self._unread, self._every, self._worst = 0, 1, self.plan.positions.new_zeros(())
 
     def begin(self, step: int = 0) -> State:
@@ -200,9 +200,10 @@ class Engine:
         """Let the next evaluation look at the device: its step will be reported."""
         self._every = 0
 
-    def go_back(self) -> None:
-        """Watch the next steps closely: those since the last reading are to be repeated."""
+    def go_back(self, until: int) -> None:
+        """Watch all steps before ``until``: those since the last reading are to be repeated."""
         self.counters.repeated += 1
+        self._watch_until = until
         self._unread, self._every = 0, 1
         self._worst = torch.zeros_like(self._worst)
 
@@ -258,7 +259,7 @@ class Engine:
             now = 0.0
         left = (1 - now) * self.plan.skin / 2
         steps = left / max(HASTE * fastest * self._dt, 1e-12)
-        self._unread, self._every = 0, int(min(max(steps, 1), LONGEST))
+        self._unread, self._every = 0, int(min(max(steps, 1), LONGEST)) if s.step >= self._watch_until else 1
         self._worst = torch.zeros_like(self._worst)
 
     def _check(self, s: State, values: list[float], kinetic_energy: float) -> None:

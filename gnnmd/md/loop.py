@@ -162,8 +162,8 @@ class Loop:
         try:
             self.integrator.step(self.state, engine)
         except RepeatSteps:
+            engine.go_back(self.state.step)
             self.state = self._good.copy()
-            engine.go_back()
             return False
         if engine.was_read:
             self._good = self.state.copy()
