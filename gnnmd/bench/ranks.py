@@ -20,15 +20,13 @@ At every step:
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gnnmd.bench.clock import Clock
 from gnnmd.bench.records import describe, print_record, provenance, silver
 from gnnmd.graph import AtomBatch
 from gnnmd.models.build import PotentialConfig, build_potential
@@ -80,7 +78,7 @@ def measure(ranks: Ranks, n_atoms: int, options: dict[str, Any]) -> list[dict[st
     potential.backbone.edge_chunk = options["edge_chunk"]
     batch = AtomBatch.from_ase(silver(n_atoms)).to(device)
 
-    clock = _Clock(ranks)
+    clock = Clock(ranks)
     plan = potential.plan(batch, ranks, skin=SKIN)
     build = clock.median(lambda: potential.plan(batch, ranks, skin=SKIN), 3)
     graph = clock.median(lambda: plan.rebuild(plan.positions, batch.cell), 5)
@@ -120,7 +118,7 @@ class _Silent(GPContext):
 
 
 def _times(
-    potential: Potential, plan: Plan, kind: str, clock: "_Clock", options: dict[str, Any]
+    potential: Potential, plan: Plan, kind: str, clock: "Clock", options: dict[str, Any]
 ) -> dict[str, Any]:
     gp = plan.gp
     if kind == "all_gather":
@@ -183,34 +181,6 @@ def _pack(gp: GPContext, owned: Tensor, ghosts: Tensor) -> Tensor:
     elif gp.send_idx is not None:
         owned.index_select(0, gp.send_idx)
     return torch.cat((owned, ghosts))
-
-
-class _Clock:
-    """Medians of the slowest rank's time, milliseconds."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-
-    def median(self, call: Callable[[], object], n: int) -> float:
-        """Time ``n`` calls after two that warm up; collective."""
-        times = []
-        for _ in range(n + 2):
-            self._synchronize()
-            start = time.perf_counter()
-            call()
-            if self._ranks.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(self.maximum(1e3 * (time.perf_counter() - start)))
-        return statistics.median(times[2:])
-
-    def maximum(self, value: float) -> float:
-        """Return the largest value of all ranks; collective."""
-        return float(self._ranks.max(torch.tensor(value, dtype=torch.float64, device=self._ranks.device)))
-
-    def _synchronize(self) -> None:
-        self._ranks.sum(torch.zeros(1, device=self._ranks.device))
-        if self._ranks.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ class Simulation:
         check_boxes(batch)
         setup = Setup(
             batch=batch,
-            columns=_columns(atoms, integrator, temperature, seed),
+            columns=initial_columns(atoms, integrator, temperature, seed),
             integrator=integrator,
             reporters=self.reporters,
             skin=skin,
@@ -185,7 +185,9 @@ def _forget(unit: PredictUnit, handle: int) -> None:
         return
 
 
-def _columns(atoms: Atoms, integrator: Integrator, temperature: float | None, seed: int) -> dict[str, Tensor]:
+def initial_columns(
+    atoms: Atoms, integrator: Integrator, temperature: float | None, seed: int
+) -> dict[str, Tensor]:
     """Return velocities ``[N, 3]``, masses ``[N]`` and mobile ``[N, 1]`` of all atoms."""
     masses = torch.tensor(atoms.get_masses())
     mobile = torch.ones(len(atoms), 1, dtype=torch.float64)

@@ -32,6 +32,7 @@ class Backbone(nn.Module):
         needs_statistics: whether a fresh model must be given `statistics` of its training data.
         edge_chunk: edges that are processed at a time; None = all. A smaller number costs a recomputation in
             the backward pass and bounds the memory. May be set at any time.
+        compilable: whether `torch.compile` gives the same forces (tested).
         blocks: modules with the signature ``block(h_all, basis, g, n_owned) -> (h_owned, basis)``.
         norm: module applied to the last owned rows.
     """
@@ -45,6 +46,7 @@ class Backbone(nn.Module):
     exchange_cut: float | None = None
     needs_statistics: bool = False
     edge_chunk: int | None = None
+    compilable: bool = False
     blocks: nn.ModuleList
     norm: nn.Module
 

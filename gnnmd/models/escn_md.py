@@ -413,6 +413,8 @@ class EscnMD(Backbone):
         dataset_rows: row of the data-set embedding that each of the potential's data sets reads; () = none.
     """
 
+    compilable = True
+
     def __init__(self, config: EscnMDConfig, dataset_rows: Sequence[int] = ()):
         super().__init__()
         self.config = config

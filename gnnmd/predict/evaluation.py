@@ -45,6 +45,11 @@ def frozen_copy(potential: Potential, device: torch.device, settings: InferenceS
     if settings.edge_chunk is not None:
         potential.backbone.edge_chunk = settings.edge_chunk
     if settings.compile:
+        if not potential.backbone.compilable:
+            raise ValueError(
+                f"compile=True is not possible for {type(potential.backbone).__name__}: compiled, torch "
+                f"{torch.__version__} computes wrong forces for it. Leave compile away"
+            )
         potential.backbone.compile(dynamic=True)
     return potential
 

@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose
 
 from gnnmd.graph import AtomBatch
 from gnnmd.models.build import PotentialConfig, build_potential
+from gnnmd.models.dpa3_config import DPA3Config
 from gnnmd.models.escn_md import EscnMDConfig
 from gnnmd.models.potential import Prediction
 from gnnmd.predict import InferenceSettings, PredictUnit
@@ -260,3 +261,9 @@ def test_gpu_predicts_the_same_as_the_cpu() -> None:
     images = crystals()
     gpu = PredictUnit(copy.deepcopy(lennard_jones()), device="cuda", settings=FLOAT64)
     assert_equal(gpu.predict(images), unit().predict(images), 1e-10)
+
+
+def test_compilation_is_refused_where_it_is_known_to_be_wrong() -> None:
+    potential = build_potential(PotentialConfig(DPA3Config(type_map=("Ag",), nlayers=1)))
+    with pytest.raises(ValueError, match=r"compile=True is not possible for DPA3"):
+        PredictUnit(potential, device="cpu", settings=InferenceSettings(compile=True))
