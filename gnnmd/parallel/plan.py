@@ -18,7 +18,7 @@ from gnnmd.parallel.context import GPContext
 from gnnmd.parallel.guards import check_columns, check_each_once, check_finite, check_share
 from gnnmd.parallel.halo import expand_ranges, halo_receivers
 from gnnmd.parallel.morton import morton_keys
-from gnnmd.parallel.partition import PARTITIONERS, Cuts, choose, morton
+from gnnmd.parallel.partition import KEYS, PARTITIONERS, Cuts, choose, morton
 from gnnmd.parallel.ranks import Ranks, all_gather_rows
 from gnnmd.parallel.sites import Sites, find_box
 
@@ -146,7 +146,25 @@ class Plan:
         plan = _link(held, batch, self.cuts, self.ranks, self._options)
         if (plan._load > REPARTITION * self._load).any():
             return _build(held, batch, self.ranks, self._options)
-        return _with_room(replace(plan, _load=self._load), self)
+        return _with_room(replace(plan, _load=self._load), _room_of(self))
+
+    def saved(self) -> dict[str, Tensor]:
+        """Return what this rank needs, besides its atoms in their order, to make this plan again.
+
+        See the argument ``saved`` of `build_plan`.
+        """
+        edges, received, sent = _room_of(self)
+        cuts = self.cuts
+        numbers = [[edges, *received, *sent], [list(KEYS).index(cuts.keys), cuts.depth]]
+        room, kind = (torch.tensor(x, device=self.ids.device) for x in numbers)
+        return {
+            "positions": self.positions,
+            "cell": self.graph.cell,
+            "load": self._load,
+            "room": room,
+            "cuts.kind": kind,
+            **{f"cuts.{name}": getattr(cuts, name) for name in _CUTS},
+        }
 
     def within_cutoff(self, positions: Tensor, cell: Tensor) -> AtomGraph:
         """Return the graph without the edges that are in the skin now; one exchange of positions."""
@@ -176,6 +194,10 @@ class Plan:
         all_gather_rows(rows, padded, group=group)
         everything[all_ids[all_ids >= 0]] = rows[all_ids >= 0]
         return everything
+
+
+#: The tensors of `Cuts`.
+_CUTS = ("root", "column", "threshold", "child")
 
 
 class _Options(NamedTuple):
@@ -228,6 +250,7 @@ def build_plan(
     max_neighbors: int | None = None,
     backend: str = "auto",
     headroom: float = 0.0,
+    saved: dict[str, Tensor] | None = None,
 ) -> Plan:
     """Partition systems over ranks and build every rank's share; collective, O(N/P) memory and work per rank.
 
@@ -248,6 +271,9 @@ def build_plan(
         backend: see `neighbor_list`.
         headroom: spare ghosts and edges, as a part of those there are, so that shapes survive rebuilds
             (captured and compiled code): 0.1, say.
+        saved: what `Plan.saved` said on this rank. That plan is made again as it stood, with its edges in
+            their order: atoms are not partitioned anew, and ``piece`` has them as the plan had, at any
+            positions. All other arguments must be those of then.
 
     Raises:
         RankFailure: the input of some rank is unusable; raised on every rank.
@@ -265,18 +291,34 @@ def build_plan(
                 f"max_neighbors={max_neighbors} keeps those that are nearest now; a skin of {skin} A would "
                 "keep them while atoms move. Build a plan with skin=0 at every step"
             )
+        if saved is not None:
+            held = replace(held, positions=saved["positions"])
         check_columns(held.columns)
         check_finite(held.positions, held.id)
     check_each_once(held.id, ranks)
     if dataset is None:
         dataset = torch.zeros(len(piece.cell), dtype=torch.int64, device=ids.device)
     options = _Options(r_cut, skin, near, partition, max_neighbors, backend, dataset, headroom)
+    if saved is not None:
+        return _restored(held, replace(piece, cell=saved["cell"]), ranks, options, saved)
     return _build(held, piece, ranks, options)
 
 
 def _build(held: Held, batch: AtomBatch, ranks: Ranks, options: _Options) -> Plan:
     held, cuts = _partition(held, batch, ranks, options)
     return _with_room(_link(held, batch, cuts, ranks, options), None)
+
+
+def _restored(
+    held: Held, batch: AtomBatch, ranks: Ranks, options: _Options, saved: dict[str, Tensor]
+) -> Plan:
+    """Link the atoms of a plan where they were when it was built."""
+    kind, depth = saved["cuts.kind"].tolist()
+    cuts = Cuts(keys=list(KEYS)[kind], depth=depth, **{name: saved[f"cuts.{name}"] for name in _CUTS})
+    edges, *rows = saved["room"].tolist()
+    room = _Room(edges, rows[: len(rows) // 2], rows[len(rows) // 2 :])
+    plan = _link(held, batch, cuts, ranks, options)
+    return _with_room(replace(plan, _load=saved["load"]), room)
 
 
 def _partition(held: Held, batch: AtomBatch, ranks: Ranks, options: _Options) -> tuple[Held, Cuts]:
@@ -423,8 +465,20 @@ def _edges(
     return source, target, found.shift
 
 
-def _with_room(plan: Plan, before: Plan | None) -> Plan:
-    """Add spare ghosts and edges: as many as the plan before had, more where that is too little.
+class _Room(NamedTuple):
+    """How many edges fit into a plan, and how many rows from and to each rank (see `_sections`)."""
+
+    edges: int
+    received: list[int]
+    sent: list[int]
+
+
+def _room_of(plan: Plan) -> _Room:
+    return _Room(plan.graph.edge_index.shape[1], *_sections(plan.gp))
+
+
+def _with_room(plan: Plan, before: _Room | None) -> Plan:
+    """Add spare ghosts and edges: as many as there was room for before, more where that is too little.
 
     Sender and receiver know how many rows there are and how much room there was, so both find the same new
     room without a word. Spare ghosts are copies of their owner's first atom, and no edge starts from them.
@@ -433,10 +487,10 @@ def _with_room(plan: Plan, before: Plan | None) -> Plan:
     if not headroom:
         return plan
     n_edges, device = graph.edge_index.shape[1], plan.ids.device
-    edges = _room([n_edges], [before.graph.edge_index.shape[1]] if before else [], headroom)
+    edges = _room([n_edges], [before.edges] if before else [], headroom)
     received, sent = _sections(gp)
-    received_before, sent_before = _sections(before.gp) if before else ([], [])
-    recv, send = _room(received, received_before, headroom), _room(sent, sent_before, headroom)
+    recv = _room(received, before.received if before else [], headroom)
+    send = _room(sent, before.sent if before else [], headroom)
     row = torch.cat((torch.arange(gp.n_owned, device=device), gp.n_owned + _slots(received, recv, device)))
 
     def spread(column: Tensor, spare: Tensor | int) -> Tensor:

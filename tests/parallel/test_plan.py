@@ -158,6 +158,49 @@ def test_what_does_not_fit_gets_more_room_and_no_edge_is_dropped(pool):
     assert all(roomy for _, _, roomy in found)
 
 
+def plan_made_again(group, batch: AtomBatch, headroom: float, forget: str) -> list[str]:
+    """Save a plan in the middle of a walk, make it again with its atoms elsewhere; say what is different."""
+    rng = torch.Generator().manual_seed(group.rank())
+    options = {"headroom": headroom, "skin": 0.3, "near": 3.4}
+    plan = plan_of(group, batch, **options)
+    x, cell = plan.positions, batch.cell
+    for _ in range(3):  # so that the room is that of an earlier plan
+        x, cell = x + 0.1 * torch.randn(x.shape, generator=rng, dtype=x.dtype), cell * 0.999
+        plan = plan.rebuild(x, cell)
+        x = plan.positions
+    n = plan.gp.n_owned
+    away = replace(
+        batch,
+        positions=x + 0.1,
+        numbers=plan.graph.numbers[:n],
+        system=plan.graph.system[:n],
+        forces=torch.zeros_like(x),
+        cell=cell * 1.001,
+    )
+    saved = plan.saved()
+    if forget == "positions":
+        saved["positions"] = away.positions * 1.01
+    again = build_plan(
+        away, plan.ids[:n], R_CUT, plan.ranks, carried=(away.positions,), saved=saved, **options
+    )
+    pairs = [(again.carried[0], away.positions)]
+    for one, two in ((plan, again), (plan.rebuild(x + 0.3, cell), again.rebuild(x + 0.3, cell))):
+        pairs += [(getattr(one, name), getattr(two, name)) for name in ("positions", "ids", "_load")]
+        fields = ("edge_index", "shift", "numbers", "cell", "n_edges")
+        pairs += [(getattr(one.graph, name), getattr(two.graph, name)) for name in fields]
+        pairs += [(one.gp.send_idx, two.gp.send_idx), (one.cuts.threshold, two.cuts.threshold)]
+        pairs += [(one.gp.between_layers.send_idx, two.gp.between_layers.send_idx)]
+    return [f"{a} {b}" for a, b in pairs if not (a is b is None or torch.equal(a, b))]
+
+
+@pytest.mark.parametrize("headroom", [0.0, 0.2])
+def test_a_saved_plan_is_made_again_as_it_stood(pool, headroom):
+    batch = structure("unwrapped")
+    for differences in pool.run(3, plan_made_again, batch, headroom, ""):
+        assert not differences
+    assert any(pool.run(3, plan_made_again, batch, headroom, "positions"))
+
+
 def exchange_near(group, batch: AtomBatch, headroom: float) -> list[float]:
     """Return what is wrong with the two exchanges of a plan whose layers read near neighbours only."""
     plan = plan_of(group, batch, near=3.4, headroom=headroom, skin=0.2)
