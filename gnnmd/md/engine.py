@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gnnmd.graph import AtomBatch
 from gnnmd.md.state import State
-from gnnmd.parallel import Plan, build_plan
+from gnnmd.parallel import Plan, RankFailure, build_plan
 from gnnmd.predict.evaluation import RankPotential, own_arithmetic
 from gnnmd.units import BOLTZMANN, FEMTOSECOND
 
@@ -25,9 +25,12 @@ HASTE = 1.5
 #: Most steps between two readings.
 LONGEST = 20
 
-
+#: What to do about a simulation that has lost its meaning.
+_REMEDY = "Atoms that are too close at the start need `FIRE` first; else try a shorter time step"
 #: Per-atom columns of a `State` that every plan carries.
 _OWN = ("velocities", "masses", "mobile")
+#: Names under which a restart gives positions and forces to the first plan.
+KEPT = ("positions now", "forces now")
 
 
 class RepeatSteps(Exception):
@@ -87,9 +90,11 @@ class Engine:
             and the host waits for the device.
         limits: what stops the simulation.
         wish: returns a positive number to ask all ranks for attention (the signal that has come).
+        saved: the plan of a restart, see `build_plan`.
 
     Attributes:
         plan: who owns what, and the edges.
+        system: periodicity, charge, spin and dataset; its atoms are those that this rank held at first.
         n_atoms: of all ranks.
         n_mobile: those that are not held fixed.
         wants_stress: whether evaluations compute the stress, asked or not.
@@ -102,6 +107,7 @@ class Engine:
         travel: at every reading, how many steps the plan had stood and how far the farthest atom had moved,
             Angstrom.
         counters: what happened so far.
+        first_energy: potential energy at the beginning, eV.
     """
 
     def __init__(
@@ -120,6 +126,7 @@ class Engine:
         compact: bool = True,
         limits: Limits | None = None,
         wish: Callable[[], int] = lambda: 0,
+        saved: dict[str, Tensor] | None = None,
     ) -> None:
         self.ranks, self.potential = evaluator.ranks, evaluator.potential
         self.seed, self.compact = seed, compact
@@ -146,32 +153,67 @@ class Engine:
             max_neighbors=limit,
             backend=evaluator.settings.neighbors,
             headroom=headroom,
+            saved=saved,
         )
         self.n_atoms = int(self.plan.graph.n_atoms.sum())
         self.n_mobile = round(float(self.total(self.plan.carried[_OWN.index("mobile")][:, 0])))
-        self._settings, self._pbc = evaluator.settings, piece.pbc[0]
+        self._settings, self.system = evaluator.settings, piece
         self._dt, self._changes_cell = timestep * FEMTOSECOND, changes_cell
         self._wish = wish
-        self._limits, self._first_energy = limits or Limits(), math.nan
+        self._limits, self.first_energy = limits or Limits(), math.nan
         self._stood = self._watch_until = 0
         self._unread, self._every, self._worst = 0, 1, self.plan.positions.new_zeros(())
 
     def begin(self, step: int = 0) -> State:
-        """Return the state at the start, with energy, forces and stress. Collective."""
+        """Return the state at the start, with energy, forces and stress. Collective.
+
+        Raises:
+            SimulationError: these are not finite.
+        """
+        s = self._first_state(step)
+        self.compute_first(s)
+        return s
+
+    def resume(self, step: int, cell: Tensor, energy: Tensor, stress: Tensor, first_energy: float) -> State:
+        """Return the state of a restart, computing nothing.
+
+        Args:
+            step: of the restart.
+            cell: ``[3, 3]`` Angstrom; that of the plan may be an earlier one. Likewise positions and forces
+                are `KEPT` columns that this engine was given.
+            energy: eV.
+            stress: ``[3, 3]`` eV/A^3.
+            first_energy: eV, of the beginning.
+        """
+        s = self._first_state(step)
+        s.positions, s.forces = (s.columns.pop(name) for name in KEPT)
+        device = s.positions.device
+        s.cell, s.energy, s.stress = cell.to(device), energy.to(device), stress.to(device)
+        self.first_energy = first_energy
+        return s
+
+    def compute_first(self, s: State) -> None:
+        """Compute energy, forces and stress of a first state. Collective.
+
+        Raises:
+            SimulationError: these are not finite.
+        """
+        self.call(s, stress=True)
+        self.check_finite(s)
+        self.first_energy = float(s.energy)
+
+    def _first_state(self, step: int) -> State:
         x = self.plan.positions
-        s = State(
+        return State(
             step=step,
             positions=x.clone(),
             forces=torch.zeros_like(x),
             cell=self.plan.graph.cell[0].clone(),
-            pbc=self._pbc,
+            pbc=self.system.pbc[0],
             energy=x.new_zeros(()),
             stress=x.new_zeros(3, 3),
             **self._owned_columns(),
         )
-        self.call(s, stress=True)
-        self._first_energy = float(s.energy)
-        return s
 
     def total(self, x: Tensor) -> Tensor:
         """Return the sum of ``[n, ...]`` over the atoms of all ranks. Collective."""
@@ -247,9 +289,9 @@ class Engine:
         values = torch.cat((self.ranks.max(most), torch.stack((kinetic, s.energy)))).tolist()
         now, worst, fastest, wished, pace, kinetic_energy, energy = values
         self.counters.readings += 1
-        self._check(s, [now, worst, fastest, energy], kinetic_energy)
-        if worst > 1:
+        if worst > 1:  # first: edges that were missing explain the strangest numbers
             raise RepeatSteps
+        self._check(s, [now, fastest, kinetic_energy, energy])
         self.wished, self.pace = int(wished), pace or math.nan
         self._stood += self._unread
         if self.tunes:
@@ -262,28 +304,61 @@ class Engine:
         self._unread, self._every = 0, int(min(max(steps, 1), LONGEST)) if s.step >= self._watch_until else 1
         self._worst = torch.zeros_like(self._worst)
 
-    def _check(self, s: State, values: list[float], kinetic_energy: float) -> None:
+    def _check(self, s: State, values: list[float]) -> None:
         """Stop every rank if the simulation has lost its meaning."""
+        moved, fastest, kinetic_energy, energy = values
         if not all(map(math.isfinite, values)):
-            with self.ranks.together("checking its atoms"):
-                bad = ~(s.positions.isfinite() & s.velocities.isfinite() & s.forces.isfinite()).all(1)
-                if bad.any():
-                    raise SimulationError(
-                        f"positions, velocities or forces of atoms {_some(s.ids[bad])} are not finite"
-                    )
+            self.check_finite(s)
             raise SimulationError(
-                f"the potential energy is {values[3]} eV or the cell is not finite: {s.cell.tolist()}"
+                f"at step {s.step} the largest part of the skin that is used up is {moved}, the largest "
+                f"speed {fastest}, the kinetic energy {kinetic_energy} eV, the cell {s.cell.tolist()} A. "
+                f"{_REMEDY}"
             )
         temperature = 2 * kinetic_energy / (3 * max(self.n_mobile, 1) * BOLTZMANN)
         if temperature > self._limits.temperature:
             raise SimulationError(
-                f"the temperature is {temperature:.0f} K, above {self._limits.temperature:.0f} K"
+                f"at step {s.step} the temperature is {temperature:.0f} K, above "
+                f"{self._limits.temperature:.0f} K; the fastest atom is {self._extreme(s, s.velocities)}. "
+                f"{_REMEDY}"
             )
-        fallen = (self._first_energy - values[3]) / self.n_atoms
+        fallen = (self.first_energy - energy) / self.n_atoms
         if fallen > self._limits.energy:
             raise SimulationError(
-                f"the potential energy fell by {fallen:.2f} eV per atom, more than {self._limits.energy} eV"
+                f"at step {s.step} the potential energy has fallen by {fallen:.2f} eV per atom since the "
+                f"beginning, more than {self._limits.energy} eV; the largest force acts on atom "
+                f"{self._extreme(s, s.forces)}. {_REMEDY}"
             )
+
+    def check_finite(self, s: State) -> None:
+        """Stop every rank if a number of the state is not finite. Collective.
+
+        Raises:
+            SimulationError: names the step, the first rank that found some, and atoms.
+        """
+        try:
+            with self.ranks.together(f"looking at step {s.step}"):
+                bad = ~(s.positions.isfinite() & s.velocities.isfinite() & s.forces.isfinite()).all(1)
+                if bad.any():
+                    raise SimulationError(
+                        f"at step {s.step} positions, velocities or forces of atoms {_some(s.ids[bad])} are "
+                        f"not finite. {_REMEDY}"
+                    )
+        except RankFailure as error:
+            raise SimulationError(str(error)) from error
+        if not (s.energy.isfinite() and s.cell.isfinite().all()):
+            raise SimulationError(
+                f"at step {s.step} the potential energy is {float(s.energy)} eV and the cell "
+                f"{s.cell.tolist()} A; they must be finite. {_REMEDY}"
+            )
+
+    def _extreme(self, s: State, vectors: Tensor) -> str:
+        """Return the number and the rank of the atom with the longest of ``[n, 3]`` vectors. Collective."""
+        length = torch.linalg.vector_norm(vectors, dim=1)
+        longest = length.max() if len(length) else length.new_tensor(-1.0)
+        mine = longest == self.ranks.max(longest)
+        atom = int(s.ids[length.argmax()]) if mine else -1
+        atom, rank = self.ranks.max(s.ids.new_tensor([atom, self.ranks.rank if mine else -1])).tolist()
+        return f"{atom} (on rank {rank})"
 
     def _rebuild(self, s: State) -> None:
         carried = (s.velocities, s.masses, s.mobile, *(s.columns[name] for name in s.columns))
@@ -291,6 +366,11 @@ class Engine:
         self.plan = self.plan.rebuild(s.positions, s.cell[None], carried, skin=self.next_skin)
         self.counters.rebuilds += 1
         self.next_skin, self._stood = None, 0
+        n_atoms = int(self.plan.graph.n_atoms.sum())
+        if n_atoms != self.n_atoms:
+            raise SimulationError(
+                f"at step {s.step} there are {n_atoms} atoms of {self.n_atoms}: some were lost"
+            )
         s.positions = self.plan.positions.clone()
         s.forces = torch.zeros_like(s.positions)
         for name, value in self._owned_columns().items():

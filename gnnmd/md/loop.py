@@ -1,54 +1,30 @@
-"""A simulation on one rank: steps, steps that are repeated, reporters, and where it stops."""
+"""A simulation on one rank: steps, steps that are repeated, reporters, restarts, and where it stops."""
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
 from typing import Any
 
+from ase.io import write
 from torch import Tensor
 
 from gnnmd.graph import AtomBatch
-from gnnmd.md import signals
-from gnnmd.md.engine import Counters, Engine, Limits, RepeatSteps
+from gnnmd.md import restart, shards, signals
+from gnnmd.md.engine import Counters, Engine, RepeatSteps, SimulationError
 from gnnmd.md.integrators import Integrator
 from gnnmd.md.reporters import Reporter, View
+from gnnmd.md.setup import Setup, to_plain
+from gnnmd.md.state import State
 from gnnmd.md.tuning import FIRST_SKIN, WATCHED, cheapest_skin
-from gnnmd.parallel import share_of
+from gnnmd.parallel import RankFailure, share_of
 from gnnmd.predict.evaluation import RankPotential
 
 #: Weight of the newest step in the running mean of the time per step.
 _FORGET = 0.05
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Everything a rank needs to know to begin.
-
-    Attributes:
-        batch: the system, in full or this rank's piece of it.
-        columns: ``velocities``, ``masses`` and ``mobile`` of its atoms (see `State`).
-        integrator: the equations of motion.
-        reporters: who looks at it.
-        skin: Angstrom; None finds the cheapest in the first steps.
-        seed: of all random numbers.
-        limits: what stops it.
-        partition: see `build_plan`.
-        headroom: see `build_plan`.
-        compact: see `Engine`.
-    """
-
-    batch: AtomBatch
-    columns: dict[str, Tensor]
-    integrator: Integrator
-    reporters: Sequence[Reporter]
-    skin: float | None
-    seed: int
-    limits: Limits
-    partition: str = "auto"
-    headroom: float = 0.0
-    compact: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,24 +48,60 @@ class Progress:
     counters: Counters
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """What the caller hears of a simulation that goes on from a restart.
+
+    Attributes:
+        progress: where it stands.
+        integrator: the equations of motion.
+        info: charge, spin and dataset, as in ``atoms.info``.
+        faults: why newer restarts were not taken.
+    """
+
+    progress: Progress
+    integrator: Integrator
+    info: dict[str, Any]
+    faults: list[str]
+
+
 class Loop:
     """The part of one rank in a simulation.
 
     Args:
         share: potential and ranks.
         setup: the simulation.
+        piece: the system, with the atoms that this rank holds at first.
+        ids: ``[n]`` int64 their global numbers.
+        columns: their ``velocities``, ``masses``, ``mobile`` (see `State`) and further columns.
+        kept: a restart from which ``piece``, ``ids`` and ``columns`` are; None begins at step 0.
+        new_potential: whether the potential need not be that of the restart.
     """
 
-    def __init__(self, share: RankPotential, setup: Setup) -> None:
-        self.integrator, self.reporters = setup.integrator, tuple(setup.reporters)
-        piece, ids = share_of(setup.batch, share.ranks)
+    def __init__(
+        self,
+        share: RankPotential,
+        setup: Setup,
+        piece: AtomBatch,
+        ids: Tensor,
+        columns: dict[str, Tensor],
+        *,
+        kept: shards.Shards | None = None,
+        new_potential: bool = False,
+    ) -> None:
+        self.setup, self.integrator, self.reporters = setup, setup.integrator, tuple(setup.reporters)
+        self._potential = restart.fingerprint(share)
+        if kept is not None and not new_potential:
+            restart.check_potential(kept, self._potential)
+        stood = restart.standing_plan(kept, setup, share.potential.r_cut) if kept else None
+        skin = FIRST_SKIN if setup.skin is None else setup.skin
         self.engine = Engine(
             share,
             piece.to(share.device),
             ids.to(share.device),
-            {name: column[ids].to(share.device) for name, column in setup.columns.items()},
+            {name: column.to(share.device) for name, column in columns.items()},
             timestep=setup.integrator.timestep,
-            skin=FIRST_SKIN if setup.skin is None else setup.skin,
+            skin=stood["skin"] if stood else skin,
             changes_cell=setup.integrator.changes_cell,
             seed=setup.seed,
             partition=setup.partition,
@@ -97,56 +109,96 @@ class Loop:
             compact=setup.compact,
             limits=setup.limits,
             wish=signals.asked,
+            saved={k: v.to(share.device) for k, v in kept.plan.items()} if kept and stood else None,
         )
         self.engine.tunes = setup.skin is None and self.engine.plan.skin > 0
-        self.state = self.engine.begin()
-        self.integrator.begin(self.state, self.engine)
-        self._good = self.state.copy()
+        if stood:
+            self.engine.tunes, self.engine.next_skin = stood["tunes"], stood["next_skin"]
+        if kept is None:
+            self.state = self.engine.begin()
+            self.integrator.begin(self.state, self.engine)
+        else:
+            self.state = self._resumed(kept, new_potential)
+        # The state at the last reading, and the one before, of which the last reading has found no fault.
+        self._good = self._sound = self.state.copy()
+        self._watched_from = self.state.step
         self._last = 0
+        self._since = None if kept is None else self.state.step
+        self._kept_at = -1
         self._listening = ExitStack()
+
+    def _resumed(self, kept: shards.Shards, new_potential: bool) -> State:
+        s = restart.state(kept, self.engine)
+        if new_potential:
+            self.engine.compute_first(s)
+        if kept.known["setup"]["integrator"] != to_plain(self.integrator):
+            s.variables = {}
+            self.integrator.begin(s, self.engine)
+        restart.restore_reporters(kept, self.reporters)
+        return s
 
     def begin_run(self, last: int) -> Progress:
         """Start a run that ends at step ``last``: reporters get ready and see the first step. Collective."""
         self._last = last
+        self.engine.wished = 0
+        self._listening.close()  # of a run that did not end in order
         self._listening.enter_context(signals.listening())
-        for reporter in self.reporters:
-            reporter.begin(self._view())
-        return self._progress(self._report() if self.state.step == 0 else [])
+        with self._saving_the_last_good():
+            for reporter in self.reporters:
+                reporter.begin(self._view())
+            return self.progress(self._report() if self.state.step == 0 else [])
 
-    def advance(self, until: int) -> Progress:
+    def advance(self, until: int, asked: int = 0) -> Progress:
         """Make steps until ``until``, or a signal, or convergence. Collective.
 
+        Args:
+            until: number of a step.
+            asked: a signal that has reached the caller; 0 for none.
+
         Raises:
-            SimulationError: it has lost its meaning; `failed_state` is the last good one.
-            RankFailure: something failed on a rank.
+            SimulationError: it has lost its meaning. Notes say where its last good state is.
+            RankFailure: something failed on a rank; likewise.
         """
+        signals.note(asked)
         rows: list[tuple[int, dict[str, Any]]] = []
         converged = False
-        while self.state.step < until and not self.engine.wished and not converged:
-            if self._step(until):
-                rows += self._report()
-                converged = self.integrator.converged(self.state, self.engine)
-        return self._progress(rows, converged)
+        with self._saving_the_last_good():
+            while self.state.step < until and not self.engine.wished and not converged:
+                if self._step(until):
+                    rows += self._report()
+                    converged = self.integrator.converged(self.state, self.engine)
+                    if self._restart_due(self.state.step):
+                        self._keep([reporter.saved() for reporter in self.reporters])
+        return self.progress(rows, converged)
 
     def end_run(self) -> list[dict[str, Tensor]]:
-        """End a run; return what every reporter found, as it would be saved. Collective."""
+        """End a run and write a restart; return what every reporter found. Collective."""
         self._listening.close()
-        for reporter in self.reporters:
-            reporter.end(self._view())
-        return [reporter.saved() for reporter in self.reporters]
+        with self._saving_the_last_good():
+            for reporter in self.reporters:
+                reporter.end(self._view())
+            saved = [reporter.saved() for reporter in self.reporters]
+            self._keep(saved)
+        return [{name: value.cpu() for name, value in found.items()} for found in saved]
+
+    def progress(self, rows: list[tuple[int, dict[str, Any]]], converged: bool = False) -> Progress:
+        """Return where this simulation stands."""
+        engine = self.engine
+        return Progress(
+            self.state.step, rows, engine.wished, converged, engine.pace, replace(engine.counters)
+        )
 
     def scalars(self) -> dict[str, float]:
         """Return temperature, energies, ... of the current step; see `View.scalars`. Collective."""
         return self._view().scalars()
 
-    def gather(self, names: Sequence[str], good: bool = False) -> dict[str, Tensor]:
+    def gather(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Return columns of all atoms in the order of the input, and what is known of the whole. Collective.
 
         Args:
             names: per-atom columns of `State`.
-            good: of the last state that was looked at and found good, instead of the current one.
         """
-        s, plan = self._good if good else self.state, self.engine.plan
+        s, plan = self.state, self.engine.plan
         rows = {name: plan.gather_owned(getattr(s, name)).cpu() for name in names}
         whole = {name: getattr(s, name).cpu() for name in ("cell", "pbc", "energy", "stress")}
         return {**rows, **whole}
@@ -155,7 +207,7 @@ class Loop:
         """Make one step; tell whether somebody looks at it."""
         engine, begun = self.engine, time.perf_counter()
         due = [r for r in self.reporters if self._due(r, self.state.step + 1)]
-        looked_at = bool(due) or self.state.step + 1 == until
+        looked_at = bool(due) or self.state.step + 1 == until or self._restart_due(self.state.step + 1)
         if looked_at:
             engine.read_next()
         engine.wants_stress = any(r.needs_stress for r in due)
@@ -166,13 +218,56 @@ class Loop:
             self.state = self._good.copy()
             return False
         if engine.was_read:
-            self._good = self.state.copy()
-        if engine.tunes and self.state.step >= WATCHED:
+            self._sound, self._good = self._good, self.state.copy()
+        if engine.tunes and self.state.step - self._watched_from >= WATCHED:
             engine.tunes, engine.next_skin = False, cheapest_skin(engine, self.state)
         taken = time.perf_counter() - begun
         lately = taken if math.isnan(engine.own_pace) else engine.own_pace
         engine.own_pace = lately + _FORGET * (taken - lately)
         return looked_at
+
+    def _restart_due(self, step: int) -> bool:
+        return self.setup.restart is not None and step % self.setup.restart_interval == 0
+
+    def _keep(self, found: list[dict[str, Tensor]]) -> None:
+        """Write a restart of the current step, unless there is one; drop old ones."""
+        folder, s, ranks = self.setup.restart, self.state, self.engine.ranks
+        if folder is None or self._kept_at == s.step:
+            return
+        self.engine.check_finite(s)
+        restart.write(shards.step_folder(folder, s.step), s, self.engine, self.setup, self._potential, found)
+        with ranks.together(f"removing old restarts in {folder}"):
+            if ranks.rank == 0:
+                shards.prune(folder, s.step, self.setup.keep, self._since)
+        self._kept_at, self._since = s.step, None
+
+    @contextmanager
+    def _saving_the_last_good(self) -> Iterator[None]:
+        """When the simulation fails, write its last good state, and say where in a note of the exception."""
+        try:
+            yield
+        except Exception as error:
+            # Of other exceptions the other ranks may not know: they would not come here.
+            if self.engine.ranks.size == 1 or isinstance(error, SimulationError | RankFailure):
+                error.add_note(self._save_the_last_good())
+            raise
+
+    def _save_the_last_good(self) -> str:
+        s, ranks = self._sound, self.engine.ranks
+        folder = self.setup.restart or Path.cwd() / "stopped"
+        names = (folder / f"stopped-step-{s.step}{f'-{n}' if n else ''}" for n in count())
+        path = ranks.from_first(next(name for name in names if not name.exists()))
+        try:
+            restart.write(path, s, self.engine, self.setup, self._potential, [], with_plan=False)
+            with ranks.together(f"writing {path}"):
+                if ranks.rank == 0:
+                    write(path / "atoms.extxyz", restart.read_atoms(path))
+        except Exception as error:  # what happened first matters more
+            return f"the last good state could not be kept: {error}"
+        return (
+            f"the last state that was found good, of step {s.step}, is in {path}: look at atoms.extxyz "
+            "there, or go on from it with Simulation.resume"
+        )
 
     def _due(self, reporter: Reporter, step: int) -> bool:
         return step % reporter.interval == 0 or step == self._last
@@ -189,20 +284,51 @@ class Loop:
     def _view(self) -> View:
         return View(self.state, self.engine, self.integrator, self.engine.pace, self._last)
 
-    def _progress(self, rows: list[tuple[int, dict[str, Any]]], converged: bool = False) -> Progress:
-        engine = self.engine
-        return Progress(
-            self.state.step, rows, engine.wished, converged, engine.pace, replace(engine.counters)
-        )
-
 
 #: The simulations of which this process holds atoms, by the handle that their caller knows them by.
 _loops: dict[int, Loop] = {}
 
 
-def begin(share: RankPotential, handle: int, setup: Setup) -> None:
-    """Take this rank's part in a new simulation. Collective."""
-    _loops[handle] = Loop(share, setup)
+def begin(
+    share: RankPotential, handle: int, setup: Setup, batch: AtomBatch, columns: dict[str, Tensor]
+) -> None:
+    """Take this rank's part in a new simulation. Collective.
+
+    Raises:
+        FileExistsError, RankFailure: there are restarts already where it shall write its own.
+    """
+    with share.ranks.together("looking for restarts"):
+        if setup.restart is not None and share.ranks.rank == 0 and shards.steps_in(setup.restart):
+            raise FileExistsError(
+                f"{setup.restart} holds the restarts of another simulation, which this one would replace: go "
+                "on from them with Simulation.resume, choose another folder, or remove it"
+            )
+    piece, ids = share_of(batch, share.ranks)
+    columns = {name: column[ids] for name, column in columns.items()}
+    _loops[handle] = Loop(share, setup, piece, ids, columns)
+
+
+def resume(
+    share: RankPotential, handle: int, folder: Path, changes: Mapping[str, Any], new_potential: bool
+) -> Resumed:
+    """Take this rank's part in a simulation that goes on from a restart. Collective.
+
+    Args:
+        share: potential and ranks.
+        handle: by which the caller will know it.
+        folder: of restarts, or one of them.
+        changes: fields of `Setup` that are not those of the restart.
+        new_potential: whether the potential need not be that of the restart.
+
+    Raises:
+        FileNotFoundError, ValueError, RankFailure: there is no restart that can be used; says why.
+    """
+    path, faults = shards.find(folder, share.ranks)
+    kept = shards.read(path, share.ranks)
+    setup = Setup.resumed(kept.known["setup"], {"restart": path.parent, **changes})
+    loop = Loop(share, setup, *restart.piece(kept), kept=kept, new_potential=new_potential)
+    _loops[handle] = loop
+    return Resumed(loop.progress([]), loop.integrator, restart.info(kept), faults)
 
 
 def call(share: RankPotential, handle: int, method: str, *args: Any, **kwargs: Any) -> Any:

@@ -2,14 +2,20 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 #: Ctrl-C; the end of a job (Slurm, Kubernetes); the warning before it (sbatch --signal=USR1@60).
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
+#: torchrun passes Ctrl-C on to processes that the terminal has told already; seconds.
+_SAME_PRESS = 1.0
+
 _asked = 0
+_since = 0.0
+_active = False
 
 
 def asked() -> int:
@@ -17,33 +23,36 @@ def asked() -> int:
     return _asked
 
 
+def note(number: int) -> None:
+    """Take it that a signal has come, if the number is not 0; the first one counts."""
+    global _asked, _since
+    if number and not _asked:
+        _asked, _since = number, time.monotonic()
+
+
 @contextmanager
-def listening(then: Callable[[int], None] | None = None) -> Iterator[None]:
+def listening() -> Iterator[None]:
     """Note the first signal that asks to stop; a second Ctrl-C raises KeyboardInterrupt.
 
-    Outside the main thread, to which Python delivers signals, nothing changes.
-
-    Args:
-        then: called with the number of the first signal, to pass it on.
+    Within another such context nothing changes, nor outside the main thread, to which Python delivers
+    signals.
     """
-    global _asked
+    global _asked, _active
 
-    def note(number: int, frame: FrameType | None) -> None:
-        global _asked
-        if _asked and number == signal.SIGINT:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if _asked and number == signal.SIGINT and time.monotonic() - _since > _SAME_PRESS:
             raise KeyboardInterrupt
-        first, _asked = not _asked, _asked or number
-        if first and then:
-            then(number)
+        note(number)
 
-    _asked = 0
-    if threading.current_thread() is not threading.main_thread():
+    if _active or threading.current_thread() is not threading.main_thread():
         yield
         return
+    _asked, _active = 0, True
     ours = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, note) for number in ours}
+    before = {number: signal.signal(number, handle) for number in ours}
     try:
         yield
     finally:
+        _active = False
         for number, handler in before.items():
             signal.signal(number, handler)

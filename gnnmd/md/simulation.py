@@ -2,8 +2,10 @@
 
 import itertools
 import signal
+import warnings
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,19 +13,18 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
-from ase.io import write
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
 from gnnmd.graph import AtomBatch
 from gnnmd.graph.boxed import check_boxes
 from gnnmd.md import loop, random, signals
-from gnnmd.md.engine import Counters, Limits, SimulationError
+from gnnmd.md.engine import Counters, Limits
 from gnnmd.md.integrators import Integrator
-from gnnmd.md.loop import Progress, Setup
+from gnnmd.md.loop import Progress, Resumed
 from gnnmd.md.reporters import Reporter
+from gnnmd.md.setup import Setup
 from gnnmd.models.potential import Potential
-from gnnmd.parallel import RankFailure
 from gnnmd.predict import PredictUnit
 from gnnmd.predict.evaluation import check_systems
 from gnnmd.predict.unit import without_labels
@@ -53,14 +54,20 @@ class Simulation:
             first steps. Results are the same to rounding; to the last bit they repeat only with a number.
         limits: what stops the run; None are generous ones.
         partition: how atoms are divided over ranks, see `build_plan`.
+        restart: folder in which restarts are written, every so many steps and at the end of every run, from
+            which `resume` goes on. All ranks must see it.
+        restart_interval: steps between two restarts.
+        keep: how many restarts stay.
 
     Attributes:
         step: number of steps made.
-        counters: what the engine did in the last run.
+        counters: what the engine did.
 
     Raises:
         ValueError: no velocities and no temperature, a system that the potential cannot describe, or
             constraints other than fixed atoms.
+        FileExistsError: the folder holds restarts of another simulation.
+        SimulationError: forces or energy of the start are not finite.
     """
 
     def __init__(
@@ -75,39 +82,121 @@ class Simulation:
         skin: float | None = None,
         limits: Limits | None = None,
         partition: str = "auto",
+        restart: str | Path | None = None,
+        restart_interval: int = 1000,
+        keep: int = 2,
     ) -> None:
-        self._unit = PredictUnit(unit) if isinstance(unit, Potential) else unit
-        self.integrator, self.reporters = integrator, tuple(reporters)
-        self._template = without_labels(atoms)
-        batch = AtomBatch.from_ase(self._template)
+        start = without_labels(atoms)
+        batch = AtomBatch.from_ase(start)
         check_systems(batch)
         check_boxes(batch)
         setup = Setup(
-            batch=batch,
-            columns=initial_columns(atoms, integrator, temperature, seed),
             integrator=integrator,
-            reporters=self.reporters,
+            reporters=tuple(reporters),
             skin=skin,
             seed=seed,
             limits=limits or Limits(),
             partition=partition,
+            restart=None if restart is None else Path(restart).absolute(),
+            restart_interval=restart_interval,
+            keep=keep,
         )
+        self._take_place(unit, reporters)
+        self.integrator, self._info = integrator, start.info
+        columns = initial_columns(atoms, integrator, temperature, seed)
+        self._unit.on_ranks(loop.begin, self._handle, setup, batch, columns)
+
+    @classmethod
+    def resume(
+        cls,
+        restart: str | Path,
+        unit: PredictUnit | Potential,
+        *,
+        reporters: Sequence[Reporter] = (),
+        integrator: Integrator | None = None,
+        limits: Limits | None = None,
+        skin: float | None = None,
+        partition: str | None = None,
+        restart_interval: int | None = None,
+        keep: int | None = None,
+        new_potential: bool = False,
+    ) -> "Simulation":
+        """Go on from a restart, on any number of ranks and any device.
+
+        What is None is as it was. On the same number of ranks of a CPU the simulation goes on to the last bit
+        as if it had not been interrupted, on others to rounding. Output that reporters wrote after the
+        restart is dropped, so that it is neither lost nor doubled.
+
+        Args:
+            restart: the folder of restarts, of which the newest good one is taken, or one of the folders in
+                it; restarts are written there from now on.
+            unit: the potential of then; it is compared.
+            reporters: who looks at it: the same as then, or others. Those of a class that was there then go
+                on with what they had found, in their order; their intervals may be other ones.
+            integrator: other equations of motion; they begin without memory (of thermostats, say).
+            limits: see `Simulation`.
+            skin: see `Simulation`.
+            partition: see `Simulation`.
+            restart_interval: see `Simulation`.
+            keep: see `Simulation`.
+            new_potential: go on even if the potential is another one.
+
+        Raises:
+            FileNotFoundError: there is no restart.
+            ValueError: all of them are damaged, or the potential is another one.
+            RankFailure: likewise, with several ranks.
+        """
+        simulation = cls.__new__(cls)
+        simulation._take_place(unit, reporters)
+        given: dict[str, Any] = {
+            "integrator": integrator,
+            "limits": limits,
+            "skin": skin,
+            "partition": partition,
+            "restart_interval": restart_interval,
+            "keep": keep,
+        }
+        changes = {name: value for name, value in given.items() if value is not None}
+        changes["reporters"] = simulation.reporters
+        folder = Path(restart).absolute()
+        resumed: Resumed = simulation._unit.on_ranks(
+            loop.resume, simulation._handle, folder, changes, new_potential
+        )
+        simulation.integrator, simulation._info = resumed.integrator, resumed.info
+        simulation._take_in(resumed.progress)
+        if resumed.faults and simulation._unit.first:
+            faults = "\n".join(resumed.faults)
+            warnings.warn(f"going on from step {simulation.step}: {faults}", stacklevel=2)
+        return simulation
+
+    def _take_place(self, unit: PredictUnit | Potential, reporters: Sequence[Reporter]) -> None:
+        self._unit = PredictUnit(unit) if isinstance(unit, Potential) else unit
+        self.reporters = tuple(reporters)
         self.step, self.counters = 0, Counters()
         self._handle = next(_handles)
-        self._unit.on_ranks(loop.begin, self._handle, setup)
         weakref.finalize(self, _forget, self._unit, self._handle)
 
     @property
     def atoms(self) -> Atoms:
         """The current state: positions, momenta, cell, and energy, forces and stress in a calculator."""
-        return self._atoms(good=False)
+        known = self._loop("gather", ("numbers", "positions", "velocities", "forces", "masses"))
+        atoms = Atoms(known["numbers"].numpy(), cell=known["cell"].numpy(), pbc=known["pbc"].numpy())
+        atoms.info.update(self._info)
+        atoms.positions = known["positions"].numpy()
+        atoms.set_masses(known["masses"].numpy())
+        atoms.set_momenta((known["velocities"] * known["masses"][:, None]).numpy())
+        results: dict[str, Any] = {"energy": float(known["energy"]), "forces": known["forces"].numpy()}
+        if known["stress"].isfinite().all():
+            results["stress"] = full_3x3_to_voigt_6_stress(known["stress"].numpy())
+        atoms.calc = SinglePointCalculator(atoms, **results)
+        return atoms
 
     def scalars(self) -> dict[str, float]:
         """Return step, time (fs), temperature (K), energies (eV), pressure (GPa) and volume (A^3) now."""
         return self._loop("scalars")
 
     def run(self, steps: int) -> "Simulation":
-        """Make steps; Ctrl-C, SIGTERM and SIGUSR1 stop between two of them.
+        """Make steps; Ctrl-C, SIGTERM and SIGUSR1 stop between two of them. In the end a restart is written.
 
         Returns:
             This simulation; another call goes on.
@@ -115,23 +204,20 @@ class Simulation:
         Raises:
             KeyboardInterrupt: Ctrl-C.
             SystemExit: SIGTERM or SIGUSR1, with the code 128 + its number.
-            SimulationError: the simulation has lost its meaning; a file with its last good state is named.
-            RankFailure: something failed on a rank; likewise.
-            WorkerDied: a worker was killed.
+            SimulationError: the simulation has lost its meaning. A note says where its last good state is.
+            RankFailure: something failed on a rank, or could not be written; likewise.
+            OSError: something could not be written.
+            WorkerDied: a worker was killed; `resume` goes on from the last restart.
         """
         if steps < 0:
             raise ValueError(f"steps must not be negative, got {steps}")
         last = self.step + steps
-        with signals.listening(then=self._pass_on):
+        with signals.listening():
             progress = self._take_in(self._loop("begin_run", last))
-            try:
-                while self.step < last and not progress.signalled and not progress.converged:
-                    ahead = int(_HEAR / progress.seconds) if progress.seconds > 0 else 1
-                    until = self.step + max(1, ahead)
-                    progress = self._take_in(self._loop("advance", min(until, last)))
-            except (SimulationError, RankFailure) as error:
-                error.add_note(f"stopped after step {self.step}; {self._keep_last_good()}")
-                raise
+            while self.step < last and not progress.signalled and not progress.converged:
+                ahead = int(_HEAR / progress.seconds) if progress.seconds > 0 else 1
+                until = min(self.step + max(1, ahead), last)
+                progress = self._take_in(self._loop("advance", until, signals.asked()))
             finally_saved = self._loop("end_run")
         for reporter, saved in zip(self.reporters, finally_saved, strict=True):
             reporter.restore(saved)
@@ -150,32 +236,6 @@ class Simulation:
 
     def _loop(self, method: str, *args: Any) -> Any:
         return self._unit.on_ranks(loop.call, self._handle, method, *args)
-
-    def _pass_on(self, number: int) -> None:
-        self._unit.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
-
-    def _keep_last_good(self) -> str:
-        """Write the last state that was found good; return where it is."""
-        try:
-            atoms = self._atoms(good=True)
-            if self._unit.first:
-                write("md.stopped.extxyz", atoms)
-        except Exception as error:  # what happened first matters more
-            return f"its last good state could not be kept: {error}"
-        return "the last state that was found good is in md.stopped.extxyz"
-
-    def _atoms(self, *, good: bool) -> Atoms:
-        known = self._loop("gather", ("positions", "velocities", "forces", "masses"), good)
-        atoms = self._template.copy()
-        atoms.set_cell(known["cell"].numpy())
-        atoms.positions = known["positions"].numpy()
-        atoms.set_masses(known["masses"].numpy())
-        atoms.set_momenta((known["velocities"] * known["masses"][:, None]).numpy())
-        results: dict[str, Any] = {"energy": float(known["energy"]), "forces": known["forces"].numpy()}
-        if known["stress"].isfinite().all():
-            results["stress"] = full_3x3_to_voigt_6_stress(known["stress"].numpy())
-        atoms.calc = SinglePointCalculator(atoms, **results)
-        return atoms
 
 
 def _forget(unit: PredictUnit, handle: int) -> None:

@@ -109,7 +109,7 @@ def save_checkpoint(
         datasets=tuple(potential.datasets),
         statistics=dict(statistics or {}),
         extra=dict(extra or {}),
-        checksum=_checksum(weights),
+        checksum=checksum(weights),
     )
     write_atomically(path, save(weights, {_KEY: json.dumps(asdict(info), default=_plain)}))
     return path
@@ -136,7 +136,7 @@ def load_checkpoint(path: str | Path) -> tuple[Potential, CheckpointInfo]:
     """
     path = find_checkpoint(path)
     info, weights = _read(path)
-    if _checksum(weights) != info.checksum:
+    if checksum(weights) != info.checksum:
         raise ValueError(
             f"{path} is damaged: its weights do not match their checksum. Copy or download it again"
         )
@@ -233,7 +233,7 @@ def _check_fit(path: Path, version: str, expected: Mapping[str, Tensor], found: 
         )
 
 
-def _checksum(weights: Mapping[str, Tensor]) -> int:
+def checksum(weights: Mapping[str, Tensor]) -> int:
     """Return the CRC-32 of all weights in the order of their names (4 GB/s; a flipped bit is found)."""
     crc = 0
     for name in sorted(weights):

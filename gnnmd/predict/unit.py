@@ -235,11 +235,6 @@ class PredictUnit:
             return function(self._together.share, *args)
         return function(RankPotential(self.potential, self.settings, Ranks(), self.device), *args)
 
-    def send_signal(self, number: int) -> None:
-        """Send a signal to the workers, if there are any, while `on_ranks` runs."""
-        if isinstance(self._together, WorkerPotential):
-            self._together.send_signal(number)
-
     def neighbor_list(self, batch: AtomBatch) -> NeighborList:
         """Return the neighbour list of a batch within the potential's cutoff, on the unit's device."""
         limit = self.potential.backbone.max_neighbors

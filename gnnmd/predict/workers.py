@@ -32,10 +32,6 @@ class WorkerPotential:
         """Run ``function(share, *args)`` on every worker; return what the first one returns."""
         return self._workers.call(_on_share, function, *args)[0]
 
-    def send_signal(self, number: int) -> None:
-        """Send a signal to every worker, while a call is under way."""
-        self._workers.send_signal(number)
-
     def rows(self, batch: AtomBatch) -> list[int]:
         """Return the number of edges and atoms of each system."""
         rows: list[int] = self._workers.call(_rows, _packed(batch))[0]

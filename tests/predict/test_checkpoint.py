@@ -233,7 +233,7 @@ def test_weights_that_do_not_fit_their_configuration_are_named(
         weights[name] = weights[name][:-1].clone()
     else:
         weights[name] = weights[name].double()
-    monkeypatch.setattr("gnnmd.predict.checkpoint._checksum", lambda weights: 0)
+    monkeypatch.setattr("gnnmd.predict.checkpoint.checksum", lambda weights: 0)
     found = {
         "missing": f"missing {name}",
         "unexpected": "unexpected heads.energy.extra",
