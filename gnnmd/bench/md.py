@@ -31,7 +31,8 @@ from gnnmd.graph import AtomBatch
 from gnnmd.interfaces.ase import GNNMDCalculator
 from gnnmd.md.engine import Limits
 from gnnmd.md.integrators import NVE, kinetic_energy
-from gnnmd.md.loop import Loop, Setup
+from gnnmd.md.loop import start
+from gnnmd.md.setup import Setup
 from gnnmd.md.simulation import initial_columns
 from gnnmd.models.build import PotentialConfig, build_potential
 from gnnmd.models.dpa3_config import DPA3Config
@@ -109,8 +110,6 @@ def measure(share: RankPotential, n_atoms: int, options: dict[str, Any]) -> dict
     atoms = silver(n_atoms, rattle=0.02)
     integrator = NVE(timestep=TIMESTEP)
     setup = Setup(
-        batch=AtomBatch.from_ase(atoms),
-        columns=initial_columns(atoms, integrator, TEMPERATURE, 0),
         integrator=integrator,
         reporters=(),
         skin=options["skin"] or None,
@@ -119,7 +118,8 @@ def measure(share: RankPotential, n_atoms: int, options: dict[str, Any]) -> dict
         headroom=options["headroom"],
         compact=not options["no_compact"],
     )
-    loop = Loop(share, setup)
+    columns = initial_columns(atoms, integrator, TEMPERATURE, 0)
+    loop = start(share, setup, AtomBatch.from_ase(atoms), columns)
     engine, clock = loop.engine, Clock(ranks)
     warm_up = max(steps // 2, 32)
     loop.begin_run(warm_up + steps + 20)

@@ -7,7 +7,8 @@ closer readings. So no step ever stands whose edges may have been incomplete.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gnnmd.graph import AtomBatch
+from gnnmd.graph.geometry import edge_vectors
 from gnnmd.md.state import State
 from gnnmd.parallel import Plan, RankFailure, build_plan
 from gnnmd.predict.evaluation import RankPotential, own_arithmetic
@@ -24,6 +26,8 @@ from gnnmd.units import BOLTZMANN, FEMTOSECOND
 HASTE = 1.5
 #: Most steps between two readings.
 LONGEST = 20
+#: Atoms nearer than this at the start are taken for the same one given twice, Angstrom.
+CLOSEST = 0.01
 
 #: What to do about a simulation that has lost its meaning.
 _REMEDY = "Atoms that are too close at the start need `FIRE` first; else try a shorter time step"
@@ -168,8 +172,9 @@ class Engine:
         """Return the state at the start, with energy, forces and stress. Collective.
 
         Raises:
-            SimulationError: these are not finite.
+            SimulationError: these are not finite, or two atoms are in the same place.
         """
+        self._check_apart()
         s = self._first_state(step)
         self.compute_first(s)
         return s
@@ -335,21 +340,40 @@ class Engine:
         Raises:
             SimulationError: names the step, the first rank that found some, and atoms.
         """
-        try:
-            with self.ranks.together(f"looking at step {s.step}"):
-                bad = ~(s.positions.isfinite() & s.velocities.isfinite() & s.forces.isfinite()).all(1)
-                if bad.any():
-                    raise SimulationError(
-                        f"at step {s.step} positions, velocities or forces of atoms {_some(s.ids[bad])} are "
-                        f"not finite. {_REMEDY}"
-                    )
-        except RankFailure as error:
-            raise SimulationError(str(error)) from error
+        with self._stopping_all(f"looking at step {s.step}"):
+            bad = ~(s.positions.isfinite() & s.velocities.isfinite() & s.forces.isfinite()).all(1)
+            if bad.any():
+                raise SimulationError(
+                    f"at step {s.step} positions, velocities or forces of atoms {_some(s.ids[bad])} are "
+                    f"not finite. {_REMEDY}"
+                )
         if not (s.energy.isfinite() and s.cell.isfinite().all()):
             raise SimulationError(
                 f"at step {s.step} the potential energy is {float(s.energy)} eV and the cell "
                 f"{s.cell.tolist()} A; they must be finite. {_REMEDY}"
             )
+
+    def _check_apart(self) -> None:
+        """Refuse atoms on top of each other: no force parts them. Collective."""
+        plan = self.plan
+        g = plan.graph.with_positions(plan.gp.exchange(plan.positions), plan.graph.cell)
+        lengths = torch.linalg.vector_norm(edge_vectors(g), dim=1)
+        with self._stopping_all("looking for atoms that overlap"):
+            if len(lengths) and lengths.min() < CLOSEST:
+                pair = plan.ids[g.edge_index[:, lengths.argmin()]].sort().values.tolist()
+                raise SimulationError(
+                    f"atoms {pair[0]} and {pair[1]} are {float(lengths.min()):.1e} A from each other at the "
+                    "start, on top of each other; move or remove one of them"
+                )
+
+    @contextmanager
+    def _stopping_all(self, doing: str) -> Iterator[None]:
+        """Run local checks; what one rank finds stops all of them."""
+        try:
+            with self.ranks.together(doing):
+                yield
+        except RankFailure as error:
+            raise SimulationError(str(error)) from error
 
     def _extreme(self, s: State, vectors: Tensor) -> str:
         """Return the number and the rank of the atom with the longest of ``[n, 3]`` vectors. Collective."""

@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 from ase.io import write
 from torch import Tensor
 
@@ -171,15 +172,25 @@ class Loop:
                         self._keep([reporter.saved() for reporter in self.reporters])
         return self.progress(rows, converged)
 
-    def end_run(self) -> list[dict[str, Tensor]]:
-        """End a run and write a restart; return what every reporter found. Collective."""
-        self._listening.close()
+    def end_run(self, asked: int = 0) -> tuple[list[dict[str, Tensor]], int]:
+        """End a run and write a restart. Collective.
+
+        Args:
+            asked: see `advance`.
+
+        Returns:
+            What every reporter found, and the signal that has come to any rank, if only while the last step
+            was made; 0 for none.
+        """
+        signals.note(asked)
+        signalled = self.engine.ranks.max(torch.tensor(signals.asked(), device=self.state.ids.device))
         with self._saving_the_last_good():
             for reporter in self.reporters:
                 reporter.end(self._view())
             saved = [reporter.saved() for reporter in self.reporters]
             self._keep(saved)
-        return [{name: value.cpu() for name, value in found.items()} for found in saved]
+        self._listening.close()
+        return [{name: value.cpu() for name, value in found.items()} for found in saved], int(signalled)
 
     def progress(self, rows: list[tuple[int, dict[str, Any]]], converged: bool = False) -> Progress:
         """Return where this simulation stands."""
@@ -285,6 +296,19 @@ class Loop:
         return View(self.state, self.engine, self.integrator, self.engine.pace, self._last)
 
 
+def start(share: RankPotential, setup: Setup, batch: AtomBatch, columns: dict[str, Tensor]) -> Loop:
+    """Return this rank's part in a new simulation of atoms that every rank was given. Collective.
+
+    Args:
+        share: potential and ranks.
+        setup: the simulation.
+        batch: the system.
+        columns: ``velocities``, ``masses`` and ``mobile`` of all its atoms (see `State`).
+    """
+    piece, ids = share_of(batch, share.ranks)
+    return Loop(share, setup, piece, ids, {name: column[ids] for name, column in columns.items()})
+
+
 #: The simulations of which this process holds atoms, by the handle that their caller knows them by.
 _loops: dict[int, Loop] = {}
 
@@ -303,9 +327,7 @@ def begin(
                 f"{setup.restart} holds the restarts of another simulation, which this one would replace: go "
                 "on from them with Simulation.resume, choose another folder, or remove it"
             )
-    piece, ids = share_of(batch, share.ranks)
-    columns = {name: column[ids] for name, column in columns.items()}
-    _loops[handle] = Loop(share, setup, piece, ids, columns)
+    _loops[handle] = start(share, setup, batch, columns)
 
 
 def resume(
@@ -338,4 +360,9 @@ def call(share: RankPotential, handle: int, method: str, *args: Any, **kwargs: A
 
 def forget(share: RankPotential, handle: int) -> None:
     """Let go of a simulation."""
+    drop(handle)
+
+
+def drop(handle: int) -> None:
+    """Let go of a simulation here: it holds the process group, which must be gone before Python ends."""
     _loops.pop(handle, None)

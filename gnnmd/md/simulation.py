@@ -218,13 +218,13 @@ class Simulation:
                 ahead = int(_HEAR / progress.seconds) if progress.seconds > 0 else 1
                 until = min(self.step + max(1, ahead), last)
                 progress = self._take_in(self._loop("advance", until, signals.asked()))
-            finally_saved = self._loop("end_run")
+            finally_saved, signalled = self._loop("end_run", signals.asked())
         for reporter, saved in zip(self.reporters, finally_saved, strict=True):
             reporter.restore(saved)
-        if progress.signalled == signal.SIGINT:
+        if signalled == signal.SIGINT:
             raise KeyboardInterrupt
-        if progress.signalled:
-            raise SystemExit(128 + progress.signalled)
+        if signalled:
+            raise SystemExit(128 + signalled)
         return self
 
     def _take_in(self, progress: Progress) -> Progress:
@@ -241,8 +241,8 @@ class Simulation:
 def _forget(unit: PredictUnit, handle: int) -> None:
     try:
         unit.on_ranks(loop.forget, handle)
-    except Exception:  # the workers are gone already
-        return
+    except Exception:  # the workers are gone already, or the ranks have parted
+        loop.drop(handle)
 
 
 def initial_columns(

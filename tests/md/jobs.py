@@ -1,12 +1,17 @@
 """Simulations on the ranks of a pool, as under torchrun: every rank makes the same calls."""
 
+import os
+import resource
 import signal
+from dataclasses import dataclass, replace
 
 import torch
 
 from gnnmd import InferenceSettings, PredictUnit
-from gnnmd.md import Reporter, signals
+from gnnmd.md import NVE, Reporter, signals
+from gnnmd.md.integrators import drift, kick
 from gnnmd.models.emt import emt
+from gnnmd.models.potential import Potential
 from gnnmd.parallel import Ranks
 from gnnmd.predict.partitioned import PartitionedPotential
 
@@ -77,3 +82,67 @@ class Stop(Reporter):
     def report(self, view):
         if view.step == self.at and view.engine.ranks.rank == self.rank:
             signals.note(self.number)
+
+
+class Alive(Reporter):
+    """Says in files of a folder which processes the ranks are, and how far they are."""
+
+    interval = 5
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+
+    def begin(self, view):
+        (self.folder / f"pid-{view.engine.ranks.rank}").write_text(str(os.getpid()))
+
+    def report(self, view):
+        (self.folder / f"step-{view.engine.ranks.rank}").write_text(str(view.step))
+
+
+@dataclass(frozen=True)
+class Squeeze(NVE):
+    """Constant energy in a cell that shrinks by a part of its edges at every step."""
+
+    part: float = 0.002
+
+    changes_cell = True
+
+    def step(self, s, engine):
+        kick(s, 0.5 * self.dt)
+        drift(s, self.dt)
+        s.positions *= 1 - self.part
+        s.cell = s.cell * (1 - self.part)
+        s.step += 1
+        engine.evaluate(s)
+        kick(s, 0.5 * self.dt)
+
+
+class Breaks(Potential):
+    """Effective medium theory that knows no forces on atoms beyond a plane."""
+
+    beyond = 1e9
+
+    def forward(self, pos, g, gp, **options):
+        p = super().forward(pos, g, gp, **options)
+        lost = pos.detach()[:, :1] > self.beyond
+        return replace(p, forces=torch.where(lost, torch.nan, p.forces))
+
+
+def breaking(beyond: float) -> Potential:
+    potential = emt()
+    potential.__class__ = Breaks
+    potential.beyond = beyond
+    return potential
+
+
+class SmallFiles(Reporter):
+    """From a step on, one rank cannot write files of more than 1000 bytes."""
+
+    interval = 5
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.at, self.rank = step, rank
+
+    def report(self, view):
+        if view.step == self.at and view.engine.ranks.rank == self.rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))

@@ -31,7 +31,7 @@ def crystal() -> Atoms:
 
 
 def start(group, **options) -> Simulation:
-    return Simulation(crystal(), unit_on(group), HOT, seed=3, **options)
+    return Simulation(crystal(), unit_on(group), HOT, seed=3, skin=0.5, **options)
 
 
 def bits(simulation: Simulation) -> dict[str, object]:

@@ -1,0 +1,171 @@
+"""Signals and killed ranks, in programs of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gnnmd.md import Simulation, shards, signals
+from tests.md.jobs import Stop, unit_on
+from tests.md.test_restart import start
+
+PROGRAM = """
+import os
+import sys
+from pathlib import Path
+from gnnmd import PredictUnit
+from gnnmd.md import Simulation
+from gnnmd.models.emt import emt
+from tests.md.jobs import EXACT, Alive
+from tests.md.test_restart import HOT, crystal
+
+folder, workers = Path(sys.argv[1]), int(sys.argv[2]) or None
+with PredictUnit(emt(), device="cpu", settings=EXACT, workers=workers) as unit:
+    options = {"reporters": [Alive(folder)], "restart": folder / "r", "restart_interval": 20}
+    try:
+        Simulation(crystal(), unit, HOT, seed=3, **options).run(1_000_000)
+    except SystemExit as end:
+        (folder / f"code-{os.environ.get('RANK', 0)}").write_text(str(end.code))
+        raise
+"""
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+WAYS = {"alone": ([], 0), "workers": ([], 2), "torchrun": (TORCHRUN, 2)}
+
+
+class Program:
+    """A simulation that runs until it is stopped."""
+
+    def __init__(self, folder: Path, way: str) -> None:
+        launcher, self.n = WAYS[way]
+        self.folder = folder
+        script = folder / "program.py"
+        script.write_text(PROGRAM)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        with (folder / "stderr").open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, *launcher, str(script), str(folder), str(self.n)],
+                env=environment,
+                stderr=errors,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "Program":
+        deadline = time.monotonic() + 60
+        while not (self.step >= 25 and shards.steps_in(self.folder / "r")):
+            assert time.monotonic() < deadline, self.errors()
+            assert self.process.poll() is None, self.errors()
+            time.sleep(0.05)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in (self.process.pid, *self.ranks()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def step(self) -> int:
+        return self._number("step-0")
+
+    def ranks(self) -> list[int]:
+        return [self._number(f"pid-{rank}") for rank in range(max(self.n, 1))]
+
+    def end(self, within: float) -> int:
+        """Return the exit code of the program, whose ranks must have ended too."""
+        code = self.process.wait(within)
+        deadline = time.monotonic() + 5
+        while any(_lives(pid) for pid in self.ranks()):
+            assert time.monotonic() < deadline, "a rank is left hanging"
+            time.sleep(0.05)
+        return code
+
+    def errors(self) -> str:
+        return (self.folder / "stderr").read_text()
+
+    def _number(self, name: str) -> int:
+        with suppress(FileNotFoundError, ValueError):
+            return int((self.folder / name).read_text())
+        return 0
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize(
+    ("way", "number"),
+    [("alone", signal.SIGUSR1), ("workers", signal.SIGTERM), ("torchrun", signal.SIGTERM)],
+)
+def test_a_signal_ends_the_program_with_a_restart_and_a_code_that_tells(tmp_path, way, number):
+    with Program(tmp_path, way) as program:
+        program.process.send_signal(number)
+        code = program.end(within=30)
+    codes = [int(path.read_text()) for path in tmp_path.glob("code-*")]
+    assert codes == [128 + number] * (2 if way == "torchrun" else 1)
+    assert code == 128 + number or (way == "torchrun" and code != 0)  # it has a code of its own
+    assert "terminate called" not in program.errors()
+    step = shards.steps_in(tmp_path / "r")[-1]
+    assert step >= program.step
+    simulation = Simulation.resume(tmp_path / "r", unit_on(None))
+    assert simulation.run(3).step == step + 3
+
+
+@pytest.mark.parametrize("way", ["workers", "torchrun"])
+def test_a_killed_rank_ends_the_program_everywhere_and_a_restart_goes_on(tmp_path, way):
+    with Program(tmp_path, way) as program:
+        os.kill(program.ranks()[1], signal.SIGKILL)
+        assert program.end(within=30) != 0
+    if way == "workers":
+        assert "WorkerDied: worker 1 of 2 died (signal 9)" in program.errors()
+    step = shards.steps_in(tmp_path / "r")[-1]
+    assert Simulation.resume(tmp_path / "r", unit_on(None)).run(3).step == step + 3
+
+
+def stop_and_go_on(group, folder: str) -> tuple[list[int], np.ndarray]:
+    steps = []
+    simulation = start(group, reporters=[Stop(7, signal.SIGINT, rank=1)], restart=folder)
+    with pytest.raises(KeyboardInterrupt):
+        simulation.run(20)
+    steps.append(simulation.step)
+    steps.append(Simulation.resume(folder, unit_on(group)).step)
+    steps.append(simulation.run(13).step)
+    return steps, simulation.atoms.positions
+
+
+def test_after_ctrl_c_of_one_rank_all_have_stopped_and_can_go_on(pool, tmp_path):
+    whole = start(None).run(20).atoms.positions
+    for steps, positions in pool.run(2, stop_and_go_on, str(tmp_path / "r")):
+        assert steps == [7, 7, 20]
+        np.testing.assert_allclose(positions, whole, rtol=0, atol=1e-11)
+
+
+def test_a_signal_during_the_last_step_is_not_lost():
+    simulation = start(None, reporters=[Stop(7)])
+    with pytest.raises(SystemExit):
+        simulation.run(6)
+    assert simulation.step == 6
+
+
+def test_one_press_of_ctrl_c_that_comes_twice_is_one(monkeypatch):
+    """torchrun sends it on to processes that have it from the terminal."""
+    with signals.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.asked() == signal.SIGINT
+        monkeypatch.setattr(signals, "_SAME_PRESS", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with signals.listening():
+        assert signals.asked() == 0
+        with signals.listening():
+            signals.note(signal.SIGTERM)
+        assert signals.asked() == signal.SIGTERM  # the inner one forgets nothing
