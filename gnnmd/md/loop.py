@@ -147,6 +147,7 @@ class Loop:
         with self._saving_the_last_good():
             for reporter in self.reporters:
                 reporter.begin(self._view())
+            self._good = self.state.copy()  # reporters may have added columns
             return self.progress(self._report() if self.state.step == 0 else [])
 
     def advance(self, until: int, asked: int = 0) -> Progress:
@@ -290,6 +291,7 @@ class Loop:
                 row = reporter.report(view)
                 if row is not None:
                     rows.append((i, row))
+        self._good = self.state.copy()  # with what reporters keep in columns
         return rows
 
     def _view(self) -> View:
