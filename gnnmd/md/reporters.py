@@ -113,7 +113,7 @@ class Reporter:
     def saved(self) -> dict[str, Tensor]:
         """Return all that was found so far, summed over ranks and the same on each. Collective.
 
-        A restart keeps it, and counts on it that all output up to here is on the disk. The caller's own object takes it back at the end of a run, so that methods that
+        A restart keeps it. The caller's own object takes it back at the end of a run, so that methods that
         evaluate it work there, whoever holds the atoms.
         """
         return {}

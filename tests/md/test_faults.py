@@ -170,10 +170,10 @@ def squeezed(group, atoms: Atoms) -> tuple[Atoms, int]:
 
 
 def test_a_cell_shrinks_below_two_cutoffs(pool):
-    atoms = warm(bulk("Ag", cubic=True) * (3, 3, 3), 300)
+    atoms = warm(bulk("Ag", cubic=True) * (3, 3, 3), 1)  # so that nothing else uses up the skin
     (two, rebuilds), (one, _) = pool.run(2, squeezed, atoms)[0], squeezed(None, atoms)
     assert atoms.cell[0, 0] > 2 * emt().r_cut > 1.02 * two.cell[0, 0]
-    assert rebuilds > 2
+    assert rebuilds >= 1
     np.testing.assert_allclose(two.positions, one.positions, rtol=0, atol=1e-10)
     for end in (one, two):
         fresh = end.copy()
@@ -186,8 +186,8 @@ def test_a_cell_shrinks_below_two_cutoffs(pool):
 # -------------------------------------------------------------------------
 
 
-def broken(group, folder: str) -> dict[str, object]:
-    """Run until atom 5, of one rank, has no forces any more; restarts are written at every step."""
+def broken(group, folder: str, interval: int) -> dict[str, object]:
+    """Run until atom 5, of one rank, has no forces any more."""
     atoms = warm(bulk("Ag", cubic=True) * (2, 2, 4), 10)
     atoms.positions[5, 0] = 12.0
     velocities = np.zeros((64, 3))
@@ -195,15 +195,15 @@ def broken(group, folder: str) -> dict[str, object]:
     atoms.set_velocities(velocities)
     atoms.pbc = False
     unit = unit_on(group, breaking(12.5))
-    simulation = Simulation(atoms, unit, NVE(timestep=5), skin=0.5, restart=folder, restart_interval=3)
+    simulation = Simulation(atoms, unit, NVE(timestep=5), skin=0.5, restart=folder, restart_interval=interval)
     with pytest.raises(SimulationError) as error:
         simulation.run(100)
     return {"message": str(error.value), "notes": error.value.__notes__, "step": simulation.step}
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_forces_that_are_not_finite_stop_every_rank_and_are_never_kept(pool, tmp_path, n):
-    found = pool.run(n, broken, str(tmp_path / "r"))
+@pytest.mark.parametrize(("n", "interval"), [(1, 3), (3, 1)])
+def test_forces_that_are_not_finite_stop_every_rank_and_are_never_kept(pool, tmp_path, n, interval):
+    found = pool.run(n, broken, str(tmp_path / "r"), interval)
     assert all(f == found[0] for f in found)
     message, (note,) = found[0]["message"], found[0]["notes"]
     assert "positions, velocities or forces of atoms 5 are not finite" in message

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gnnmd.md import Simulation, shards, signals
+from gnnmd.md import Simulation, loop, shards, signals
 from tests.md.jobs import Stop, unit_on
 from tests.md.test_restart import start
 
@@ -169,3 +169,17 @@ def test_one_press_of_ctrl_c_that_comes_twice_is_one(monkeypatch):
         with signals.listening():
             signals.note(signal.SIGTERM)
         assert signals.asked() == signal.SIGTERM  # the inner one forgets nothing
+
+
+def simulations_left(group) -> int:
+    """Return how many simulations are held after the ranks have parted."""
+    simulation = start(group)
+    before = len(loop._loops)
+    simulation._unit._together.leave()
+    del simulation
+    return len(loop._loops) - before
+
+
+def test_nothing_holds_the_process_group_after_the_ranks_have_parted(pool):
+    """A group that is still there when Python ends aborts the process, and its exit code is lost."""
+    assert pool.run(2, simulations_left) == [-1, -1]
