@@ -265,7 +265,8 @@ class Loop:
             raise
 
     def _save_the_last_good(self) -> str:
-        s, ranks = self._sound, self.engine.ranks
+        # What reporters had found by then is not known any more, so neither is what they keep in columns.
+        s, ranks = replace(self._sound, columns={}), self.engine.ranks
         folder = self.setup.restart or Path.cwd() / "stopped"
         names = (folder / f"stopped-step-{s.step}{f'-{n}' if n else ''}" for n in count())
         path = ranks.from_first(next(name for name in names if not name.exists()))
