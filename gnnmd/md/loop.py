@@ -124,8 +124,10 @@ class Loop:
         self._good = self._sound = self.state.copy()
         self._watched_from = self.state.step
         self._last = 0
+        # The steps of the restart that this one goes on from, and of the newest in its folder.
         self._since = None if kept is None else self.state.step
-        self._kept_at = -1
+        newest = shards.step_folder(setup.restart, self.state.step) if kept and setup.restart else None
+        self._kept_at = self.state.step if kept and kept.path == newest else -1
         self._listening = ExitStack()
 
     def _resumed(self, kept: shards.Shards, new_potential: bool) -> State:

@@ -183,3 +183,30 @@ def simulations_left(group) -> int:
 def test_nothing_holds_the_process_group_after_the_ranks_have_parted(pool):
     """A group that is still there when Python ends aborts the process, and its exit code is lost."""
     assert pool.run(2, simulations_left) == [-1, -1]
+
+
+WAITING = """
+import ctypes, os, signal
+from gnnmd.md import signals
+signals.PATIENCE = 0.5
+with signals.listening():
+    os.kill(os.getpid(), signal.SIGUSR1)  # that one is delivered
+    assert signals.asked() == signal.SIGUSR1
+with signals.listening():
+    mutex = ctypes.create_string_buffer(64)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    print("waiting", flush=True)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)  # for ever, as for a GPU
+"""
+
+
+def test_a_process_that_waits_for_ever_ends_after_sigterm():
+    command = [sys.executable, "-c", WAITING]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout.readline() == "waiting\n"
+        process.terminate()
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "a rank has died" in errors
