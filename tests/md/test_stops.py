@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gnnmd.md import Simulation, loop, shards, signals
 from tests.md.jobs import Stop, unit_on
@@ -25,8 +26,8 @@ from gnnmd.models.emt import emt
 from tests.md.jobs import EXACT, Alive
 from tests.md.test_restart import HOT, crystal
 
-folder, workers = Path(sys.argv[1]), int(sys.argv[2]) or None
-with PredictUnit(emt(), device="cpu", settings=EXACT, workers=workers) as unit:
+folder, workers, device = Path(sys.argv[1]), int(sys.argv[2]) or None, sys.argv[3]
+with PredictUnit(emt(), device=device, settings=EXACT, workers=workers) as unit:
     options = {"reporters": [Alive(folder)], "restart": folder / "r", "restart_interval": 20}
     try:
         Simulation(crystal(), unit, HOT, seed=3, **options).run(1_000_000)
@@ -35,13 +36,20 @@ with PredictUnit(emt(), device="cpu", settings=EXACT, workers=workers) as unit:
         raise
 """
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TWO_GPUS = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices"),
+    ],
+)
 WAYS = {"alone": ([], 0), "workers": ([], 2), "torchrun": (TORCHRUN, 2)}
 
 
 class Program:
     """A simulation that runs until it is stopped."""
 
-    def __init__(self, folder: Path, way: str) -> None:
+    def __init__(self, folder: Path, way: str, device: str = "cpu") -> None:
         launcher, self.n = WAYS[way]
         self.folder = folder
         script = folder / "program.py"
@@ -49,14 +57,14 @@ class Program:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         with (folder / "stderr").open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, *launcher, str(script), str(folder), str(self.n)],
+                [sys.executable, *launcher, str(script), str(folder), str(self.n), device],
                 env=environment,
                 stderr=errors,
                 start_new_session=True,
             )
 
     def __enter__(self) -> "Program":
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (self.step >= 25 and shards.steps_in(self.folder / "r")):
             assert time.monotonic() < deadline, self.errors()
             assert self.process.poll() is None, self.errors()
@@ -105,8 +113,9 @@ def _lives(pid: int) -> bool:
     ("way", "number"),
     [("alone", signal.SIGUSR1), ("workers", signal.SIGTERM), ("torchrun", signal.SIGTERM)],
 )
-def test_a_signal_ends_the_program_with_a_restart_and_a_code_that_tells(tmp_path, way, number):
-    with Program(tmp_path, way) as program:
+@pytest.mark.parametrize("device", ["cpu", TWO_GPUS])
+def test_a_signal_ends_the_program_with_a_restart_and_a_code_that_tells(tmp_path, way, number, device):
+    with Program(tmp_path, way, device) as program:
         program.process.send_signal(number)
         code = program.end(within=30)
     codes = [int(path.read_text()) for path in tmp_path.glob("code-*")]
@@ -120,8 +129,9 @@ def test_a_signal_ends_the_program_with_a_restart_and_a_code_that_tells(tmp_path
 
 
 @pytest.mark.parametrize("way", ["workers", "torchrun"])
-def test_a_killed_rank_ends_the_program_everywhere_and_a_restart_goes_on(tmp_path, way):
-    with Program(tmp_path, way) as program:
+@pytest.mark.parametrize("device", ["cpu", TWO_GPUS])
+def test_a_killed_rank_ends_the_program_everywhere_and_a_restart_goes_on(tmp_path, way, device):
+    with Program(tmp_path, way, device) as program:
         os.kill(program.ranks()[1], signal.SIGKILL)
         assert program.end(within=30) != 0
     if way == "workers":
