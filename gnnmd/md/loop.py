@@ -111,6 +111,7 @@ class Loop:
         self._listening.enter_context(signals.listening())
         for reporter in self.reporters:
             reporter.begin(self._view())
+        self._good = self.state.copy()  # reporters may have added columns
         return self._progress(self._report() if self.state.step == 0 else [])
 
     def advance(self, until: int) -> Progress:
@@ -184,6 +185,7 @@ class Loop:
                 row = reporter.report(view)
                 if row is not None:
                     rows.append((i, row))
+        self._good = self.state.copy()  # with what reporters keep in columns
         return rows
 
     def _view(self) -> View:
