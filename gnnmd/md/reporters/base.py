@@ -32,6 +32,7 @@ class View:
     integrator: Integrator
     performance: float
     last_step: int
+    _measured: dict[str, Tensor] | None = None
     _scalars: dict[str, float] | None = None
 
     @property
@@ -49,6 +50,29 @@ class View:
         """Whether this is the rank that writes files that only one may write."""
         return self.engine.ranks.rank == 0
 
+    def measured(self) -> dict[str, Tensor]:
+        """Return what `scalars` does, and the stress, on the device; computed once per step. Collective.
+
+        Returns:
+            Scalars by their names, and ``stress`` ``[3, 3]`` eV/A^3, with its kinetic part.
+        """
+        if self._measured is None:
+            s, engine = self.state, self.engine
+            kinetic = kinetic_energy(s, engine)
+            stress = s.stress + kinetic_stress(s, engine)
+            freedom = max(self.integrator.freedom(engine), 1)
+            self._measured = {
+                "temperature": 2 * kinetic / (freedom * BOLTZMANN),
+                "potential_energy": s.energy,
+                "kinetic_energy": kinetic,
+                "total_energy": s.energy + kinetic,
+                "conserved": self.integrator.conserved(s, engine),
+                "pressure": -torch.trace(stress) / 3 * GPA_PER_EV_A3,
+                "volume": s.volume,
+                "stress": stress,
+            }
+        return self._measured
+
     def scalars(self) -> dict[str, float]:
         """Return temperature (K), energies (eV), pressure (GPa), ...; computed once per step. Collective.
 
@@ -56,33 +80,27 @@ class View:
         set ``needs_stress``.
         """
         if self._scalars is None:
-            s, engine = self.state, self.engine
-            kinetic = kinetic_energy(s, engine)
-            stress = s.stress + kinetic_stress(s, engine)
-            values = torch.stack(
-                (
-                    s.energy,
-                    kinetic,
-                    self.integrator.conserved(s, engine),
-                    -torch.trace(stress) / 3 * GPA_PER_EV_A3,
-                    s.volume,
-                )
-            ).tolist()
-            names = ("potential_energy", "kinetic_energy", "conserved", "pressure", "volume")
-            scalars = dict(zip(names, values, strict=True))
-            freedom = max(self.integrator.freedom(engine), 1)
-            self._scalars = {
-                "step": self.step,
-                "time": self.time,
-                "temperature": 2 * scalars["kinetic_energy"] / (freedom * BOLTZMANN),
-                "total_energy": scalars["potential_energy"] + scalars["kinetic_energy"],
-                **scalars,
-            }
+            measured = {name: value for name, value in self.measured().items() if not value.ndim}
+            values = torch.stack(list(measured.values())).tolist()
+            self._scalars = {"step": self.step, "time": self.time, **dict(zip(measured, values, strict=True))}
         return self._scalars
 
     def gather(self, column: Tensor) -> Tensor:
         """Return rows ``[N, ...]`` of all atoms in the order of the input; for output only. Collective."""
         return self.engine.plan.gather_owned(column)
+
+    def gather_on_first(self, *names: str) -> dict[str, Tensor] | None:
+        """Return per-atom columns of the state, all atoms in the order of the input, on the CPU. Collective.
+
+        Only the first rank gets them, and only it needs the memory; the others get None.
+        """
+        s = self.state
+        columns = tuple(getattr(s, name) for name in names)
+        (ids, *rows), _ = self.engine.ranks.send_rows((s.ids, *columns), torch.zeros_like(s.ids))
+        if not self.first:
+            return None
+        place = torch.argsort(ids)
+        return {name: column[place].cpu() for name, column in zip(names, rows, strict=True)}
 
 
 class Reporter:
@@ -97,6 +115,11 @@ class Reporter:
 
     interval: int = 100
     needs_stress: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the interval."""
+        if self.interval < 1:
+            raise ValueError(f"interval must be at least 1 step, got {self.interval}")
 
     def begin(self, view: View) -> None:
         """Get ready; drop output of steps after ``view.step`` (a resumed run). Collective."""
