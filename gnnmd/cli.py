@@ -32,9 +32,7 @@ COMMANDS = {
 #: What users can cause and correct: shown in one line. Everything else is a fault of ours and shown in full.
 USER_ERRORS = (
     ValueError,
-    FileNotFoundError,
-    IsADirectoryError,
-    PermissionError,
+    OSError,
     FloatingPointError,
     MemoryError,
 )
@@ -58,7 +56,8 @@ Run molecular dynamics. Without arguments: 256 silver atoms at constant energy w
 
   gnnmd md model=best.safetensors structure=start.xyz ensemble=nvt temperature=600 steps=20000
   gnnmd md structure=Ag repeat=[6,6,6] timestep=2 trajectory=run.extxyz
-  gnnmd md steps=40000 resume=true                         go on from restart=md.restart.npz
+  gnnmd md structure=big.xyz workers=4 trajectory=run.zarr   shared by four GPUs (or: srun -n 4 gnnmd md ...)
+  gnnmd md steps=40000 resume=true                         go on from restart=md.restart
 """
 
 
@@ -86,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if traceback:
             raise
-        print(f"gnnmd {name}: {error}", file=sys.stderr)
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        print(f"gnnmd {name}: {error}{notes}", file=sys.stderr)
         return 1
 
 
@@ -108,8 +108,8 @@ def train(arguments: Sequence[str]) -> int:
 def md(arguments: Sequence[str]) -> int:
     """Run molecular dynamics."""
     from gnnmd.config import describe_keys, load_values
-    from gnnmd.interfaces.ase_md import MDConfig
-    from gnnmd.interfaces.commands import md as run
+    from gnnmd.md.run import md as run
+    from gnnmd.md.settings import MDConfig
 
     if {"-h", "--help"} & set(arguments):
         print(f"{MD_HELP}\n{describe_keys(MDConfig())}")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gnnmd import __version__
+from gnnmd.data.structures import read_structure
 from gnnmd.graph import AtomBatch
-from gnnmd.interfaces.ase_md import MDConfig, starting_structure
 from gnnmd.predict.checkpoint import load_checkpoint, write_atomically
 from gnnmd.predict.self_check import Finding, self_check
 from gnnmd.predict.unit import without_labels
@@ -28,7 +28,7 @@ def check(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     potential, _ = load_checkpoint(args.model)
     repeat = None if args.repeat is None else tuple(args.repeat)
-    atoms = without_labels(starting_structure(MDConfig(structure=args.structure, repeat=repeat)))
+    atoms = without_labels(read_structure(args.structure, repeat))
     if args.dataset is not None:
         atoms.info["dataset"] = args.dataset
     periodic = "".join("abc"[axis] for axis in range(3) if atoms.pbc[axis])

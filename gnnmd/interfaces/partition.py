@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from gnnmd.data.structures import read_structure
 from gnnmd.graph import AtomBatch
 from gnnmd.graph.neighbors import neighbor_list
-from gnnmd.interfaces.ase_md import MDConfig, starting_structure
 from gnnmd.interfaces.partition_picture import draw_partition
 from gnnmd.parallel.accounting import (
     INFINIBAND,
@@ -56,7 +56,7 @@ def partition(argv: Sequence[str]) -> int:
     if len(args.ranks) > 1 and args.picture:
         parser.error("--picture shows one partition: give one number of --ranks")
 
-    atoms = starting_structure(MDConfig(structure=args.structure, repeat=args.repeat))
+    atoms = read_structure(args.structure, args.repeat)
     if not len(atoms):
         raise ValueError(f"{args.structure} holds no atoms")
     shape, cost, r_cut = "UMA-S", UMA_S, args.cutoff

@@ -4,13 +4,16 @@ from gnnmd.md.engine import Counters, Limits, SimulationError
 from gnnmd.md.integrators import NVE, Integrator, Langevin, Ramp
 from gnnmd.md.reporters import Reporter, View
 from gnnmd.md.simulation import Simulation
+from gnnmd.md.thermostats import Bussi, NoseHoover
 
 __all__ = [
     "NVE",
+    "Bussi",
     "Counters",
     "Integrator",
     "Langevin",
     "Limits",
+    "NoseHoover",
     "Ramp",
     "Reporter",
     "Simulation",

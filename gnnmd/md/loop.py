@@ -264,6 +264,8 @@ class Loop:
             # Of other exceptions the other ranks may not know: they would not come here.
             if self.engine.ranks.size == 1 or isinstance(error, SimulationError | RankFailure):
                 error.add_note(self._save_the_last_good())
+            for reporter in self.reporters:
+                reporter.close()
             raise
 
     def _save_the_last_good(self) -> str:

@@ -130,6 +130,9 @@ class Reporter:
     def end(self, view: View) -> None:
         """Write what is left; the run ends here, or goes on later with `begin`. Collective."""
 
+    def close(self) -> None:
+        """Let go of open files; called on every rank when a run has failed, in place of `end`."""
+
     def show(self, row: dict[str, Any]) -> None:
         """Tell the user what `report` returned; called in the caller's process."""
 

@@ -56,6 +56,10 @@ class Thermo(Recorder):
 
     def end(self, view: View) -> None:
         """Close the file; another run opens it again."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
         if self._file is not None:
             self._file.close()
         self._file = self._newest = None
