@@ -279,7 +279,10 @@ def _create(
 def _cut(path: Path, n_atoms: int, names: tuple[str, ...], keep: int) -> tuple[int, int, int]:
     """Drop frames after step ``keep``; return the last step, the number of frames and the chunk's atoms."""
     group = _opened(path, "r+")
-    found = (len(group["numbers"]), {name for name in ("positions", "velocities", "forces") if name in group})
+    found = (
+        group["numbers"].shape[0],
+        {name for name in ("positions", "velocities", "forces") if name in group},
+    )
     if found != (n_atoms, set(names)):
         raise ValueError(
             f"{path} holds {' and '.join(sorted(found[1]))} of {found[0]} atoms, this simulation "
