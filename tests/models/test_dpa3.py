@@ -187,8 +187,8 @@ def test_angles_are_cut_at_their_own_limit():
     batch = AtomBatch.from_ase(atoms)
     g = potential.graph(batch).with_positions(batch.positions, batch.cell)
     (shell,) = potential.backbone.edge_basis(g, len(atoms), lambda x: x).shells
-    assert len(shell.ij) == len(atoms)
-    assert shell.ij.equal(shell.ik)
+    assert len(shell.links.ij.index) == len(atoms)
+    assert shell.links.ij.index.equal(shell.links.ik.index)
 
 
 def test_angles_are_sorted_and_complete():
@@ -196,10 +196,11 @@ def test_angles_are_sorted_and_complete():
     potential = dpa3()
     g = potential.graph(batch).with_positions(batch.positions, batch.cell)
     (shell,) = potential.backbone.edge_basis(g, len(batch.numbers), lambda x: x).shells
-    assert (shell.ij.diff() >= 0).all()
-    counts = torch.bincount(shell.near_target, minlength=len(batch.numbers))
-    assert len(shell.ij) == int((counts**2).sum())
-    assert len(shell.near) < len(shell.e)
+    links = shell.links
+    assert (links.ij.index.diff() >= 0).all()
+    counts = torch.bincount(links.near_target, minlength=len(batch.numbers))
+    assert len(links.ij.index) == int((counts**2).sum())
+    assert len(links.near) < len(shell.e)
 
 
 def test_weights_without_influence_have_no_gradient_and_are_kept():
@@ -253,7 +254,7 @@ def test_bytes_per_angle(chunk, per_angle):
     batch = AtomBatch.from_ase(atoms)
     g = potential.graph(batch).with_positions(batch.positions, batch.cell)
     shells = potential.backbone.edge_basis(g, len(atoms), lambda x: x).shells
-    n_angles = sum(len(shell.ij) for shell in shells)
+    n_angles = sum(len(shell.a) for shell in shells)
     assert saved_bytes(potential, atoms, chunk) < per_angle * n_angles
 
 
