@@ -1,6 +1,7 @@
 """The graph a model sees: atoms of one rank (owned + ghost) and the edges that end on its owned atoms."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class AtomGraph:
         positions: ``[n_all, 3]`` float64, Angstrom; put in by `Potential` at every evaluation.
         n_edges: scalar int64, how many of the E columns are edges; the rest are spare room that keeps the
             shape the same when the number of edges changes. None if all are edges.
+        links: what a model derived from the edges for all its calls, see `Backbone.links`; it is not moved
+            to other devices. None if it has to do that in every call.
     """
 
     numbers: Tensor
@@ -40,6 +43,7 @@ class AtomGraph:
     dataset: Tensor
     positions: Tensor | None = None
     n_edges: Tensor | None = None
+    links: Any = None
 
     @property
     def n_systems(self) -> int:
@@ -52,5 +56,6 @@ class AtomGraph:
 
     def to(self, device: torch.device | str) -> "AtomGraph":
         """Return the graph with every tensor on ``device``."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in tensors.items() if v is not None})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved, links=None)

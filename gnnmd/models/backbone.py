@@ -33,6 +33,8 @@ class Backbone(nn.Module):
         edge_chunk: edges that are processed at a time; None = all. A smaller number costs a recomputation in
             the backward pass and bounds the memory. May be set at any time.
         compilable: whether `torch.compile` gives the same forces (tested).
+        kernels: which version of its operations a model uses that has several, see `gnnmd.kernels`. May be
+            set at any time.
         blocks: modules with the signature ``block(h_all, basis, g, n_owned) -> (h_owned, basis)``.
         norm: module applied to the last owned rows.
     """
@@ -47,12 +49,29 @@ class Backbone(nn.Module):
     needs_statistics: bool = False
     edge_chunk: int | None = None
     compilable: bool = False
+    kernels: str = "torch"
     blocks: nn.ModuleList
     norm: nn.Module
 
     def edge_basis(self, g: AtomGraph, n_owned: int, system_sum: SystemSum) -> Any:
         """Return what the first block reads besides rows of atoms (distances, rotations, edge features)."""
         raise NotImplementedError
+
+    def links(self, g: AtomGraph, n_owned: int, skin: float = 0.0) -> Any:
+        """Return what of `edge_basis` stays the same until the next neighbour list, for `AtomGraph.links`.
+
+        With it a call never waits for the device. Lists of angles hold all that can count while no pair comes
+        closer by more than the skin; those that do not count add zero.
+
+        Args:
+            g: the graph, with positions.
+            n_owned: number of owned atoms.
+            skin: Angstrom.
+
+        Returns:
+            None if the model has nothing of this kind.
+        """
+        return None
 
     def embed(self, g: AtomGraph, basis: Any) -> Tensor:
         """Return the initial rows ``[n_all, ...]`` of owned and ghost atoms (all species are known)."""

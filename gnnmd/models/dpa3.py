@@ -19,6 +19,7 @@ from gnnmd.graph.angles import angle_pairs
 from gnnmd.graph.geometry import edge_vectors
 from gnnmd.graph.graph import AtomGraph
 from gnnmd.graph.nearest import cut_between_atoms, nearness
+from gnnmd.kernels.operations import Operations, operations
 from gnnmd.models.backbone import Backbone, SystemSum
 from gnnmd.models.dpa3_config import DPA3Config
 from gnnmd.models.heads import FittingNet
@@ -27,10 +28,10 @@ from gnnmd.nn.activations import activation
 from gnnmd.nn.environment import Environment
 from gnnmd.nn.recompute import recomputed
 from gnnmd.nn.resnet_mlp import dense
-from gnnmd.nn.scatter import pair_rows, weighted_sums
+from gnnmd.nn.scatter import Groups
 from gnnmd.nn.split_linear import SplitLinear
 from gnnmd.nn.switch import exp_switch, poly_switch
-from gnnmd.nn.symmetrise import symmetrised, vector_sums
+from gnnmd.nn.symmetrise import symmetrised
 from gnnmd.nn.type_embedding import TypeEmbedding, VectorEmbedding
 from gnnmd.nn.updates import Update
 
@@ -44,16 +45,39 @@ SPIN_RANGE = (0, 99)
 
 
 @dataclass(frozen=True)
-class Shell:
-    """Some consecutive atoms with all their edges and angles.
+class Links:
+    """Which edges and angles some consecutive atoms have: what does not depend on positions.
 
     Attributes:
         first, n_atoms: rows ``first .. first + n_atoms - 1`` are these atoms.
+        n_edges: edges of the graph that end on them.
+        kept: ``[E]`` which of these there are here; None = all.
         source: ``[E]`` rows of the sources.
         target: ``[E]`` targets, counted from ``first``, ascending.
         near: ``[F]`` which edges form angles.
         near_target: ``[F]`` their targets.
-        ij, ik: ``[A]`` edges of each angle, as places in ``near``, sorted.
+        ij, ik: ``[A]`` edges of each angle, as places in ``near``; sorted by ij.
+    """
+
+    first: int
+    n_atoms: int
+    n_edges: int
+    kept: Tensor | None
+    source: Groups
+    target: Groups
+    near: Tensor
+    near_target: Tensor
+    ij: Groups
+    ik: Groups
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Some consecutive atoms with all their edges and angles.
+
+    Attributes:
+        links: which these are.
+        ops: how sums over them and activations are computed.
         switch: ``[E]`` s_ij / N_e; 0 for edges that do not count.
         pull: ``[E, 3]`` s_ij h_ij / sqrt(N_e).
         weight: ``[A]`` s_ij s_ik / sqrt(N_a) with the switch of the angles.
@@ -61,14 +85,8 @@ class Shell:
         a: ``[A, a_dim]`` features of the angles.
     """
 
-    first: int
-    n_atoms: int
-    source: Tensor
-    target: Tensor
-    near: Tensor
-    near_target: Tensor
-    ij: Tensor
-    ik: Tensor
+    links: Links
+    ops: Operations
     switch: Tensor
     pull: Tensor
     weight: Tensor
@@ -107,7 +125,6 @@ class RepFlow(nn.Module):
     def __init__(self, config: DPA3Config, layer: int):
         super().__init__()
         c, self.config = config, config
-        self.act = activation(c.activation_function)
         left = c.nlayers - 1 - layer
         self.moves_edges = c.sequential_update or left > 0
         self.moves_angles = c.update_angle and (c.sequential_update or left > 1)
@@ -152,7 +169,7 @@ class RepFlow(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Return new features of a piece: of its atoms, and of its edges and angles where these move."""
         old = new = shell.with_tensors(*tensors)
-        n = h_all.narrow(0, shell.first, shell.n_atoms)
+        n = h_all.narrow(0, shell.links.first, shell.links.n_atoms)
         if self.config.sequential_update:
             new = replace(new, e=self.edge_update.add(new.e, 0, self._edge_self(new, n, sent_to_edges)))
             if self.config.update_angle:
@@ -172,48 +189,53 @@ class RepFlow(nn.Module):
 
     def _atoms(self, shell: Shell, h_all: Tensor, n: Tensor, sent: Tensor) -> Tensor:
         """n_i + updates from itself, from the vectors to its neighbours and from their messages."""
-        neighbours = h_all.index_select(0, shell.source)
-        sums = [vector_sums(shell.pull, x, shell.target, shell.n_atoms) for x in (shell.e, neighbours)]
+        links, ops = shell.links, shell.ops
+        sums = (
+            ops.weighted_sums(shell.pull, shell.e, links.target),
+            ops.weighted_sums(shell.pull, h_all, links.target, links.source),
+        )
         invariants = torch.cat([symmetrised(x, self.config.axis_neuron) for x in sums], dim=1)
         messages = self._of_edges(self.node_edge, shell, n, sent)
-        received = weighted_sums(shell.switch[:, None], messages, shell.target, shell.n_atoms).squeeze(1)
+        received = ops.activated_sums(shell.switch, messages, links.target)
         heads = received.split(self.config.n_dim, dim=1)
-        return self.node_update(n, [self.act(self.node_self(n)), self.act(self.node_sym(invariants)), *heads])
+        return self.node_update(n, [ops.act(self.node_self(n)), ops.act(self.node_sym(invariants)), *heads])
 
     def _edge_self(self, shell: Shell, n: Tensor, sent: Tensor) -> Tensor:
         """Update of e_ij from both atoms and the edge, ``[E, e_dim]``."""
-        return self._of_edges(self.edge_self, shell, n, sent)
+        return shell.ops.act(self._of_edges(self.edge_self, shell, n, sent))
 
     def _edge_angle(self, shell: Shell, n: Tensor) -> Tensor:
         """Update of e_ij from its angles with all other edges of atom i, ``[E, e_dim]``."""
+        near, act, linear = shell.links.near, shell.ops.act, self.edge_angle_2
         messages = self._of_angles(self.edge_angle_1, shell, n)
-        reduced = weighted_sums(shell.weight[:, None], messages, shell.ij, len(shell.near)).squeeze(1)
-        linear = self.edge_angle_2
+        reduced = shell.ops.activated_sums(shell.weight, messages, shell.links.ij)
         if not self.config.smooth_edge_update:
-            return self.act(linear(shell.e.index_copy(0, shell.near, reduced.to(shell.e.dtype))))
-        without, updates = self.act(linear.bias), self.act(linear(reduced))
-        return without.to(updates.dtype).expand(len(shell.e), -1).index_copy(0, shell.near, updates)
+            return act(linear(shell.e.index_copy(0, near, reduced.to(shell.e.dtype))))
+        without, updates = act(linear.bias), act(linear(reduced))
+        return without.to(updates.dtype).expand(len(shell.e), -1).index_copy(0, near, updates)
 
     def _angle_self(self, shell: Shell, n: Tensor) -> Tensor:
         """Update of a_ijk from its edges and its atom, ``[A, a_dim]``."""
-        return self._of_angles(self.angle_self, shell, n)
+        return shell.ops.act(self._of_angles(self.angle_self, shell, n))
 
     def _of_edges(self, linear: SplitLinear, shell: Shell, n: Tensor, sent: Tensor) -> Tensor:
-        """act(W [n_i, n_j, e_ij] + b), ``[E, out]``, with the part of n_j given."""
-        y = pair_rows(linear.part(0, n, bias=True), shell.target, sent, shell.source)
-        return self.act(linear.add_part(2, shell.e, y))
+        """W [n_i, n_j, e_ij] + b, ``[E, out]``, with the part of n_j given."""
+        received = linear.part(0, n, bias=True)
+        y = shell.ops.pair_rows(received, shell.links.target, sent, shell.links.source)
+        return linear.add_part(2, shell.e, y)
 
     def _of_angles(self, linear: SplitLinear, shell: Shell, n: Tensor) -> Tensor:
-        """act(W [a_ijk, n_i, e_ik, e_ij] + b), ``[A, out]``, of compressed n and e."""
-        e = shell.e.index_select(0, shell.near)
+        """W [a_ijk, n_i, e_ik, e_ij] + b, ``[A, out]``, of compressed n and e."""
+        links = shell.links
+        e = shell.e.index_select(0, links.near)
         if self.compress_node is not None and self.compress_edge is not None:
             n, e = self.compress_node(n), self.compress_edge(e)
         elif self.config.a_compress_rate:
             n_read, e_read = self.config.compressed
             n, e = n[:, :n_read], e[:, :e_read]
-        received = linear.part(1, n, bias=True).index_select(0, shell.near_target) + linear.part(3, e)
-        y = pair_rows(received, shell.ij, linear.part(2, e), shell.ik)
-        return self.act(linear.add_part(0, shell.a, y))
+        received = linear.part(1, n, bias=True).index_select(0, links.near_target) + linear.part(3, e)
+        y = shell.ops.pair_rows(received, links.ij, linear.part(2, e), links.ik)
+        return linear.add_part(0, shell.a, y)
 
     def _weights(self) -> list[Tensor]:
         """Return the parameters that have an influence."""
@@ -264,18 +286,19 @@ class DPA3(Backbone):
 
     def edge_basis(self, g: AtomGraph, n_owned: int, system_sum: SystemSum) -> DPA3Basis:
         """Return edges and angles with their first features."""
-        source, target = g.edge_index
+        ops = operations(self.kernels, self.config.activation_function, g.cell.device)
         with torch.autocast(g.cell.device.type, enabled=False):  # geometry is cheap and must stay exact
             vector, types = edge_vectors(g), self.type_embedding.types(g.numbers)
-            limit = self.edge_chunk or len(target)
-            cuts = list(pairwise(cut_between_atoms(target, n_owned, limit)))
-            lengths = [stop - start for (_, start), (_, stop) in cuts]
-            pieces = zip(cuts, *(t.split(lengths) for t in (source, target, vector)), strict=True)
-            shells = [
-                self._shell(first, end - first, j, i - first, r, types)
-                for ((first, _), (end, _)), j, i, r in pieces
-            ]
-        return DPA3Basis(shells, recompute=limit < len(target))
+            links = g.links or self._links(g, vector.detach(), n_owned)
+            vectors = vector.split([piece.n_edges for piece in links])
+            shells = [self._shell(piece, ops, r, types) for piece, r in zip(links, vectors, strict=True)]
+        return DPA3Basis(shells, recompute=len(shells) > 1)
+
+    def links(self, g: AtomGraph, n_owned: int, skin: float = 0.0) -> list[Links] | None:
+        """Return which angles there are, and who is summed with whom; see `Backbone.links`."""
+        if not self.config.smooth_edge_update:  # then it makes a difference whether an edge is in angles
+            return None
+        return self._links(g, edge_vectors(g).detach(), n_owned, skin)
 
     def embed(self, g: AtomGraph, basis: DPA3Basis) -> Tensor:
         """Return ``[n_all, n_dim]`` from the elements alone."""
@@ -337,42 +360,80 @@ class DPA3(Backbone):
             counts, near = counts & seen, near & seen
         return distance, counts, near
 
-    def _shell(
-        self, first: int, n_atoms: int, source: Tensor, target: Tensor, vector: Tensor, types: Tensor
-    ) -> Shell:
+    def _links(self, g: AtomGraph, vector: Tensor, n_owned: int, skin: float | None = None) -> list[Links]:
+        """Return edges and angles in pieces: those that count now, or with a skin all that may."""
+        source, target = g.edge_index
+        types = self.type_embedding.types(g.numbers)
+        cuts = list(pairwise(cut_between_atoms(target, n_owned, self.edge_chunk or len(target))))
+        lengths = [stop - start for (_, start), (_, stop) in cuts]
+        pieces = zip(cuts, *(t.split(lengths) for t in (source, target, vector)), strict=True)
+        return [
+            self._links_of(first, end - first, j, i - first, r, types, skin)
+            for ((first, _), (end, _)), j, i, r in pieces
+        ]
+
+    def _links_of(
+        self,
+        first: int,
+        n_atoms: int,
+        source: Tensor,
+        target: Tensor,
+        vector: Tensor,
+        types: Tensor,
+        skin: float | None,
+    ) -> Links:
+        c, n_edges, kept = self.config, len(target), None
+        if skin is None:
+            _, counts, near = self._counted(vector, source, target, n_atoms, types, first)
+            if vector.device.type in REMOVING_DEVICES and not counts.all():
+                kept = counts.nonzero().squeeze(1)
+                source, target, near = (x.index_select(0, kept) for x in (source, target, near))
+        else:
+            near = torch.linalg.vector_norm(vector, dim=1) < c.a_rcut + skin
+        places = near.nonzero().squeeze(1) if c.update_angle else target[:0]
+        near_target = target.index_select(0, places)
+        ij, ik = angle_pairs(near_target, n_atoms)
+        return Links(
+            first=first,
+            n_atoms=n_atoms,
+            n_edges=n_edges,
+            kept=kept,
+            source=Groups(source, len(types), ascending=False),
+            target=Groups(target, n_atoms),
+            near=places,
+            near_target=near_target,
+            ij=Groups(ij, len(places)),
+            ik=Groups(ik, len(places), ascending=False),
+        )
+
+    def _shell(self, links: Links, ops: Operations, vector: Tensor, types: Tensor) -> Shell:
         c, dtype = self.config, self.edge_embedding.weight.dtype
-        distance, counts, forms_angles = self._counted(vector, source, target, n_atoms, types, first)
-        if distance.device.type in REMOVING_DEVICES and not counts.all():
-            kept = counts.nonzero().squeeze(1)
-            source, target, vector, distance, forms_angles, counts = (
-                x.index_select(0, kept) for x in (source, target, vector, distance, forms_angles, counts)
-            )
+        source, target, near, first = links.source.index, links.target.index, links.near, links.first
+        vector = vector if links.kept is None else vector.index_select(0, links.kept)
+        distance, counts, in_angles = self._counted(vector, source, target, links.n_atoms, types, first)
         switch = torch.where(counts, self._switch(distance, c.e_rcut_smth, c.e_rcut), 0.0)
-        environment = self.environment(vector, distance, switch, types[first : first + n_atoms][target])
+        environment = self.environment(vector, distance, switch, types[first : first + links.n_atoms][target])
         if c.edge_init_use_dist:
             e = self.edge_embedding(distance[:, None].to(dtype))
         else:
-            e = self.act(self.edge_embedding(environment[:, :1].to(dtype)))
-        near = forms_angles.nonzero().squeeze(1) if c.update_angle else target[:0]
-        near_target, r = target.index_select(0, near), distance.index_select(0, near)
-        ij, ik = angle_pairs(near_target, n_atoms)
+            e = ops.act(self.edge_embedding(environment[:, :1].to(dtype)))
+        r = distance.index_select(0, near)
         direction = (vector.index_select(0, near) / (r + 1e-6)[:, None]).to(dtype)
-        cosine = (direction.index_select(0, ij) * direction.index_select(0, ik)).sum(1, keepdim=True)
-        near_switch = (self._switch(r, c.a_rcut_smth, c.a_rcut) / c.usual_angles**0.25).to(dtype)
+        near_switch = torch.where(in_angles[near], self._switch(r, c.a_rcut_smth, c.a_rcut), 0.0)
+        near_switch = (near_switch / c.usual_angles**0.25).to(dtype)
+        cosine, weight = (
+            (x.index_select(0, links.ij.index) * x.index_select(0, links.ik.index)).sum(1)
+            for x in (direction, near_switch[:, None])
+        )
+        cosine = cosine[:, None] * ((1 - 1e-6) / sqrt(pi))
         return Shell(
-            first=first,
-            n_atoms=n_atoms,
-            source=source,
-            target=target,
-            near=near,
-            near_target=near_target,
-            ij=ij,
-            ik=ik,
+            links=links,
+            ops=ops,
             switch=(switch / c.usual_edges).to(dtype),
             pull=(switch[:, None] * environment[:, 1:] / sqrt(c.usual_edges)).to(dtype),
-            weight=near_switch.index_select(0, ij) * near_switch.index_select(0, ik),
+            weight=weight,
             e=e,
-            a=self.angle_embedding(cosine * ((1 - 1e-6) / sqrt(pi))) if c.update_angle else cosine,
+            a=self.angle_embedding(cosine) if c.update_angle else cosine,
         )
 
 

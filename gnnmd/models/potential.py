@@ -1,7 +1,7 @@
 """From atoms to energy, forces and stress, once for all models."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
@@ -201,6 +201,20 @@ class Potential(Float64Buffers):
             carried=tuple(column[ids] for column in carried),
             **options,
         )
+
+    def linked(self, pos: Tensor, g: AtomGraph, gp: GPContext, *, skin: float = 0.0) -> AtomGraph:
+        """Return the graph with what the model can derive from its edges once for many calls. Collective.
+
+        Args:
+            pos: ``[n_owned, 3]`` float64 positions for which the neighbour list was made, Angstrom.
+            g: the graph of this rank.
+            gp: this rank's share of it.
+            skin: the result is exact until two atoms have come closer to each other by more than this,
+                Angstrom.
+        """
+        with torch.no_grad():
+            placed = g.with_positions(gp.exchange(pos), g.cell)
+            return replace(g, links=self.backbone.links(placed, gp.n_owned, skin))
 
     def dataset_index(self, batch: AtomBatch) -> Tensor:
         """Return ``[B]`` int64, the data set of every system as the model counts them.

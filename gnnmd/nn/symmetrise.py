@@ -3,21 +3,12 @@
 import torch
 from torch import Tensor
 
-from gnnmd.nn.scatter import weighted_sums
-
-
-def vector_sums(h: Tensor, x: Tensor, target: Tensor, n_atoms: int) -> Tensor:
-    """Return G_i = sum_j h_ij (x) x_ij, ``[n_atoms, 3, C]``.
-
-    Args:
-        h: ``[E, 3]`` vectors, times what the edges are weighted by.
-        x: ``[E, C]`` features.
-        target: ``[E]`` atom i of each edge.
-        n_atoms: number of atoms.
-    """
-    return weighted_sums(h, x, target, n_atoms)
-
 
 def symmetrised(g: Tensor, axis: int) -> Tensor:
-    """Return (G[:, :axis]^T G) / 3 flattened row by row, ``[n, axis * C]``, of sums G ``[n, 3, C]``."""
+    """Return (G[:, :axis]^T G) / 3 flattened row by row, ``[n, axis * C]``.
+
+    Args:
+        g: ``[n, 3, C]``, G_i = sum_j h_ij (x) x_ij of vectors and features of the edges.
+        axis: columns on the left.
+    """
     return torch.einsum("nxa,nxc->nac", g[:, :, :axis], g).flatten(1) / 3

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gnnmd.graph import AtomBatch, NeighborList
+from gnnmd.kernels.operations import chosen
 from gnnmd.models.potential import Potential, Prediction
 from gnnmd.parallel import Ranks
 from gnnmd.predict.settings import InferenceSettings
@@ -42,6 +43,7 @@ def frozen_copy(potential: Potential, device: torch.device, settings: InferenceS
     with torch.inference_mode(False):
         potential = copy.deepcopy(potential).to(device, settings.torch_dtype)
     potential.eval().requires_grad_(False)  # frozen weights: nothing of theirs is kept for backward
+    potential.backbone.kernels = chosen(settings.kernels, device)
     if settings.edge_chunk is not None:
         potential.backbone.edge_chunk = settings.edge_chunk
     if settings.compile:

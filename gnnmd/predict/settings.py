@@ -17,6 +17,8 @@ class InferenceSettings:
         tf32: let float32 matrix products round their factors to 11 bits on GPUs that can; set during a call
             only, the process-wide switch is put back.
         compile: run the backbone through `torch.compile`; the first calls take minutes.
+        kernels: which version of its operations a model uses that has several: "torch", "triton", or "auto",
+            the fastest that is there (see `gnnmd.kernels`).
         edge_chunk: edges that the network handles at a time, to save memory; None handles all at once.
         stress: compute the stress too.
         descriptors: return invariant node features too.
@@ -29,6 +31,7 @@ class InferenceSettings:
     dtype: str | torch.dtype = "float32"
     tf32: bool = False
     compile: bool = False
+    kernels: str = "auto"
     edge_chunk: int | None = None
     stress: bool = True
     descriptors: bool = False

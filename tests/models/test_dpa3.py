@@ -16,9 +16,9 @@ from gnnmd.models.dpa3_config import DPA3Config
 from gnnmd.models.heads import FittingNetConfig
 from gnnmd.models.potential import Potential
 from gnnmd.parallel import GPContext
-from tests.models.conformance import Conformance
+from tests.models.conformance import Conformance, assert_same
 from tests.models.dpa3_oracle import Model
-from tests.models.systems import crystal, dimer, ethanol, predict, randomised, slab
+from tests.models.systems import crystal, dimer, ethanol, moved, predict, randomised, slab
 
 #: Cutoffs in the ratio of the published ones, so that the exponential switch is as large at the cutoff.
 SMALL = {
@@ -187,8 +187,8 @@ def test_angles_are_cut_at_their_own_limit():
     batch = AtomBatch.from_ase(atoms)
     g = potential.graph(batch).with_positions(batch.positions, batch.cell)
     (shell,) = potential.backbone.edge_basis(g, len(atoms), lambda x: x).shells
-    assert len(shell.ij) == len(atoms)
-    assert shell.ij.equal(shell.ik)
+    assert len(shell.links.ij.index) == len(atoms)
+    assert shell.links.ij.index.equal(shell.links.ik.index)
 
 
 def test_angles_are_sorted_and_complete():
@@ -196,10 +196,11 @@ def test_angles_are_sorted_and_complete():
     potential = dpa3()
     g = potential.graph(batch).with_positions(batch.positions, batch.cell)
     (shell,) = potential.backbone.edge_basis(g, len(batch.numbers), lambda x: x).shells
-    assert (shell.ij.diff() >= 0).all()
-    counts = torch.bincount(shell.near_target, minlength=len(batch.numbers))
-    assert len(shell.ij) == int((counts**2).sum())
-    assert len(shell.near) < len(shell.e)
+    links = shell.links
+    assert (links.ij.index.diff() >= 0).all()
+    counts = torch.bincount(links.near_target, minlength=len(batch.numbers))
+    assert len(links.ij.index) == int((counts**2).sum())
+    assert len(links.near) < len(shell.e)
 
 
 def test_weights_without_influence_have_no_gradient_and_are_kept():
@@ -253,7 +254,7 @@ def test_bytes_per_angle(chunk, per_angle):
     batch = AtomBatch.from_ase(atoms)
     g = potential.graph(batch).with_positions(batch.positions, batch.cell)
     shells = potential.backbone.edge_basis(g, len(atoms), lambda x: x).shells
-    n_angles = sum(len(shell.ij) for shell in shells)
+    n_angles = sum(len(shell.a) for shell in shells)
     assert saved_bytes(potential, atoms, chunk) < per_angle * n_angles
 
 
@@ -377,3 +378,29 @@ def test_options_without_reference_values(options):
     assert found.energy.item() == pytest.approx(expected, rel=1e-11)
     if options:
         assert abs(Model().energy(atoms) - expected) > 1e-6
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dynamic_sel": False, "e_sel": 15, "a_sel": 7}])
+@pytest.mark.parametrize("chunk", [None, 60])
+def test_angles_listed_once_serve_all_positions_within_the_skin(options, chunk):
+    """Those that do not count add zero; a skin that is too small is noticed."""
+    potential, atoms, skin = dpa3(**options), slab(), 0.8
+    potential.backbone.edge_chunk = chunk
+    batch = AtomBatch.from_ase(atoms)
+    wide, gp = neighbor_list(batch, potential.r_cut + skin), GPContext.single(len(atoms))
+    g = potential.graph(batch, replace(wide, r_cut=potential.r_cut))
+    steps = torch.randn(len(atoms), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = batch.positions + 0.9 * (skin / 2) * steps / steps.norm(dim=1, keepdim=True)
+    expected = predict(potential, moved(batch, x))
+    linked = potential.linked(batch.positions, g, gp, skin=skin)
+    assert_same(potential(x, linked, gp), expected)
+    assert_same(potential(batch.positions, linked, gp), predict(potential, batch))
+    too_few = potential.linked(batch.positions, g, gp, skin=-0.5)
+    assert (potential(x, too_few, gp).energy - expected.energy).abs() > 1e-6
+
+
+def test_edges_outside_angles_are_listed_in_every_call_if_that_matters():
+    potential = dpa3(smooth_edge_update=False, use_dynamic_sel=False)
+    batch = AtomBatch.from_ase(slab())
+    gp = GPContext.single(len(batch.numbers))
+    assert potential.linked(batch.positions, potential.graph(batch), gp).links is None

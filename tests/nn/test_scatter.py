@@ -4,10 +4,11 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 
-from gnnmd.nn.scatter import pair_rows, weighted_sums
+from gnnmd.nn.scatter import Groups, pair_rows, weighted_sums
 
 GENERATOR = torch.Generator().manual_seed(0)
 INDEX = torch.tensor([0, 0, 1, 3, 3, 3, 3])
+GROUPS = Groups(INDEX, 5)
 
 
 def rows(*shape: int) -> torch.Tensor:
@@ -20,9 +21,25 @@ def test_sums_and_their_derivatives(n_weights):
     w, x = rows(7, n_weights), rows(7, 4)
     products = w[:, :, None] * x[:, None, :]
     expected = torch.zeros(5, n_weights, 4, dtype=torch.float64).index_add(0, INDEX, products)
-    assert_close(weighted_sums(w, x, INDEX, 5), expected)
-    assert gradcheck(lambda a, b: weighted_sums(a, b, INDEX, 5), (w, x))
-    assert gradgradcheck(lambda a, b: weighted_sums(a, b, INDEX, 5), (w, x))
+    assert_close(weighted_sums(w, x, GROUPS), expected)
+    assert gradcheck(lambda a, b: weighted_sums(a, b, GROUPS), (w, x))
+    assert gradgradcheck(lambda a, b: weighted_sums(a, b, GROUPS), (w, x))
+
+
+def test_sums_of_gathered_rows():
+    """They are the same as gathering first; so are their derivatives."""
+    w, x, j = rows(7, 3), rows(6, 4), torch.tensor([2, 5, 0, 0, 2, 2, 1])
+    gathered = Groups(j, 6, ascending=False)
+    assert_close(weighted_sums(w, x, GROUPS, gathered), weighted_sums(w, x[j], GROUPS))
+    assert gradcheck(lambda a, b: weighted_sums(a, b, GROUPS, gathered), (w, x))
+    assert gradgradcheck(lambda a, b: weighted_sums(a, b, GROUPS, gathered), (w, x))
+
+
+def test_groups_that_do_not_ascend_are_brought_into_order():
+    groups = Groups(torch.tensor([2, 0, 3, 0]), 5, ascending=False)
+    assert groups.order.tolist() == [1, 3, 0, 2]
+    assert groups.first.tolist() == [0, 2, 2, 3, 4, 4]
+    assert Groups(torch.tensor([1, 1]), 2).first.tolist() == [0, 0, 2]
 
 
 def test_third_derivatives():
@@ -30,7 +47,7 @@ def test_third_derivatives():
     w, x = rows(7, 3), rows(7, 4)
 
     def slope(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        energy = weighted_sums(a, b, INDEX, 5).pow(3).sum()
+        energy = weighted_sums(a, b, GROUPS).pow(3).sum()
         forces = torch.autograd.grad(energy, (a, b), create_graph=True)
         return sum(force.square().sum() for force in forces)
 
@@ -40,11 +57,11 @@ def test_third_derivatives():
 
 def test_nothing_to_sum():
     w, x, none = rows(0, 3), rows(0, 4), INDEX[:0]
-    s = weighted_sums(w, x, none, 2)
+    s = weighted_sums(w, x, Groups(none, 2))
     assert s.shape == (2, 3, 4)
     s.square().sum().backward()
     assert x.grad.shape == (0, 4)
-    assert weighted_sums(w, x, none, 0).shape == (0, 3, 4)
+    assert weighted_sums(w, x, Groups(none, 0)).shape == (0, 3, 4)
 
 
 def test_products_are_not_kept():
@@ -58,22 +75,23 @@ def test_products_are_not_kept():
         return t
 
     with saved_tensors_hooks(keep, lambda t: t):
-        energy = weighted_sums(w, x, index, 4).square().sum()
+        energy = weighted_sums(w, x, Groups(index, 4)).square().sum()
         torch.autograd.grad(energy, (w, x), create_graph=True)
     assert sum(t.numel() for t in kept.values()) < 100 * 3 * 50
 
 
 def test_mixed_types_are_promoted():
     w, x = rows(7, 1).float(), rows(7, 4).bfloat16()
-    assert weighted_sums(w, x, INDEX, 5).dtype == torch.float32
+    assert weighted_sums(w, x, GROUPS).dtype == torch.float32
 
 
 def test_pairs_of_rows_and_their_derivatives():
     x, y, j = rows(5, 4), rows(3, 4), torch.tensor([2, 0, 0, 1, 2, 2, 0])
-    assert_close(pair_rows(x, INDEX, y, j), x[INDEX] + y[j])
+    pairs = Groups(j, 3, ascending=False)
+    assert_close(pair_rows(x, GROUPS, y, pairs), x[INDEX] + y[j])
 
     def energy(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return pair_rows(a, INDEX, b, j).pow(3).sum()
+        return pair_rows(a, GROUPS, b, pairs).pow(3).sum()
 
     assert gradcheck(energy, (x, y))
     assert gradgradcheck(energy, (x, y))
@@ -81,8 +99,8 @@ def test_pairs_of_rows_and_their_derivatives():
 
 def test_no_pairs():
     x, y = rows(5, 4), rows(3, 4)
-    found = pair_rows(x, INDEX[:0], y, INDEX[:0])
+    found = pair_rows(x, Groups(INDEX[:0], 5), y, Groups(INDEX[:0], 3))
     assert found.shape == (0, 4)
     found.sum().backward()
     assert x.grad.abs().max() == y.grad.abs().max() == 0
-    assert pair_rows(x[:0], INDEX[:0], y[:0], INDEX[:0]).shape == (0, 4)
+    assert pair_rows(x[:0], Groups(INDEX[:0], 0), y[:0], Groups(INDEX[:0], 0)).shape == (0, 4)

@@ -2,16 +2,18 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch.testing import assert_close
 
-from gnnmd.nn.symmetrise import symmetrised, vector_sums
+from gnnmd.nn.scatter import Groups, weighted_sums
+from gnnmd.nn.symmetrise import symmetrised
 
 GENERATOR = torch.Generator().manual_seed(0)
 TARGET = torch.tensor([0, 0, 0, 2, 2])
+GROUPS = Groups(TARGET, 3)
 H = torch.randn(5, 3, dtype=torch.float64, generator=GENERATOR)
 X = torch.randn(5, 4, dtype=torch.float64, generator=GENERATOR)
 
 
 def test_by_its_definition():
-    g = vector_sums(H, X, TARGET, 3)
+    g = weighted_sums(H, X, GROUPS)
     for i in range(3):
         mine = i == TARGET
         assert_close(g[i], torch.einsum("ea,ec->ac", H[mine], X[mine]))
@@ -20,5 +22,5 @@ def test_by_its_definition():
 
 def test_rotations_change_nothing():
     r = torch.tensor(Rotation.random(random_state=0).as_matrix())
-    found = symmetrised(vector_sums(H @ r.T, X, TARGET, 3), 2)
-    assert_close(found, symmetrised(vector_sums(H, X, TARGET, 3), 2))
+    found = symmetrised(weighted_sums(H @ r.T, X, GROUPS), 2)
+    assert_close(found, symmetrised(weighted_sums(H, X, GROUPS), 2))

@@ -1,0 +1,93 @@
+"""Replay a whole evaluation on a GPU as one CUDA graph: a small system is bound by launching its kernels."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gnnmd.graph.graph import AtomGraph
+from gnnmd.models.potential import Potential, Prediction
+from gnnmd.parallel import GPContext
+
+#: Calls before the capture: they compile kernels and create the handles of libraries.
+WARM_UP = 2
+
+
+class CapturedPotential:
+    """A frozen potential that is captured once per neighbour list and replayed; called like the potential.
+
+    A replay costs one launch in place of some thousand. It computes the same kernels on the same memory, so
+    that its results are those of a call. The memory of one evaluation stays reserved until the next capture.
+
+    Only the positions and the cell may change between calls with the same ``edge_index``; the first of these
+    calls must have the positions the list was made for. Not captured, but simply called: other devices than
+    GPUs, several ranks, models in training mode and those of which `Backbone.links` has nothing.
+
+    Args:
+        potential: in evaluation mode, frozen.
+        skin: no two atoms come closer by more than this while a list is used, Angstrom.
+
+    Attributes:
+        n_captures: captures so far.
+    """
+
+    def __init__(self, potential: Potential, skin: float = 0.0):
+        self.potential, self.skin = potential, skin
+        self.n_captures = 0
+        self._capture: _Capture | None = None
+
+    def __call__(self, pos: Tensor, g: AtomGraph, gp: GPContext, *, stress: bool = True) -> Prediction:
+        """Return energy, forces and stress; see `Potential.forward`."""
+        standing = self._capture
+        if standing is None or not standing.fits(g, gp, stress):
+            self._capture = standing = None  # its memory is needed
+            linked = self._linked(pos, g, gp)
+            if linked.links is None:
+                return self.potential(pos, g, gp, stress=stress)
+            self._capture = standing = _Capture(self.potential, pos, linked, gp, stress)
+            self.n_captures += 1
+        return standing.replay(pos, g.cell)
+
+    def _linked(self, pos: Tensor, g: AtomGraph, gp: GPContext) -> AtomGraph:
+        if pos.device.type != "cuda" or gp.group is not None or self.potential.training:
+            return replace(g, links=None)
+        return self.potential.linked(pos.detach(), g, gp, skin=self.skin)
+
+
+class _Capture:
+    """One captured evaluation and the tensors it reads and writes."""
+
+    def __init__(self, potential: Potential, pos: Tensor, g: AtomGraph, gp: GPContext, stress: bool):
+        self._edges, self._how = g.edge_index, (gp.n_owned, stress)
+        self._pos, self._cell = pos.detach().clone(), g.cell.clone()
+        self._g = replace(g, cell=self._cell)
+
+        def call() -> Prediction:
+            return potential(self._pos, self._g, gp, stress=stress)
+
+        side = torch.cuda.Stream(pos.device)
+        side.wait_stream(torch.cuda.current_stream(pos.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                call()
+        torch.cuda.current_stream(pos.device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = call()
+
+    def fits(self, g: AtomGraph, gp: GPContext, stress: bool) -> bool:
+        """Return whether it was captured for these edges; tensors that are equal but others do not count."""
+        return g.edge_index is self._edges and (gp.n_owned, stress) == self._how
+
+    def replay(self, pos: Tensor, cell: Tensor) -> Prediction:
+        """Return a copy of the result at these positions and cell."""
+        self._pos.copy_(pos)
+        self._cell.copy_(cell)
+        self._graph.replay()
+        p = self._result
+        return Prediction(
+            energy=p.energy.clone(),
+            forces=p.forces.clone(),
+            stress=None if p.stress is None else p.stress.clone(),
+            node_energies=p.node_energies.clone(),
+        )

@@ -1,0 +1,71 @@
+"""Evaluations replayed as one CUDA graph."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ase.build import bulk
+from torch import Tensor
+
+from gnnmd.graph import AtomBatch
+from gnnmd.graph.neighbors import neighbor_list
+from gnnmd.models.build import PotentialConfig, build_potential
+from gnnmd.models.dpa3_config import DPA3Config
+from gnnmd.models.potential import Potential
+from gnnmd.parallel import GPContext
+from gnnmd.predict import InferenceSettings
+from gnnmd.predict.capture import CapturedPotential
+from gnnmd.predict.evaluation import frozen_copy, own_arithmetic
+from tests.models.conformance import assert_same
+
+SKIN = 0.4
+
+
+def silver(device: str) -> tuple[Potential, AtomBatch]:
+    torch.manual_seed(0)
+    config = DPA3Config(type_map=("Ag",), n_dim=16, e_dim=8, a_dim=4, nlayers=3)
+    atoms = bulk("Ag", cubic=True).repeat(2)
+    atoms.rattle(0.1, seed=0)
+    settings = InferenceSettings(dtype="float64")
+    potential = frozen_copy(build_potential(PotentialConfig(config)), torch.device(device), settings)
+    return potential, AtomBatch.from_ase(atoms).to(device)
+
+
+def steps(batch: AtomBatch, n: int) -> list[tuple[Tensor, Tensor]]:
+    """Return positions and cells that use up the skin."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for i in range(n):
+        u = torch.randn(len(batch.numbers), 3, dtype=torch.float64, generator=generator)
+        u *= SKIN / 3 / u.norm(dim=1, keepdim=True)
+        found.append((batch.positions + u.to(batch.positions), batch.cell * (1 + 0.001 * i)))
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_capture_serves_a_neighbour_list():
+    potential, batch = silver("cuda")
+    gp, captured = GPContext.single(len(batch.numbers)), CapturedPotential(potential, SKIN)
+    wide = neighbor_list(batch, potential.r_cut + SKIN)
+    graph = potential.graph(batch, replace(wide, r_cut=potential.r_cut))
+    with own_arithmetic(batch.positions.device, tf32=False):
+        kept = captured(batch.positions, graph, gp)
+        first = kept.forces.clone()
+        for x, cell in steps(batch, 3):
+            now = replace(batch, positions=x, cell=cell)
+            expected = potential(x, potential.graph(now), gp)
+            assert_same(captured(x, replace(graph, cell=cell), gp), expected)
+        assert captured.n_captures == 1
+        assert kept.forces.equal(first)  # results are copies
+        captured(batch.positions, graph, gp, stress=False)
+        captured(batch.positions, potential.graph(batch), gp, stress=False)
+    assert captured.n_captures == 3
+
+
+def test_without_a_gpu_it_is_a_call():
+    potential, batch = silver("cpu")
+    gp, captured = GPContext.single(len(batch.numbers)), CapturedPotential(potential, SKIN)
+    graph = potential.graph(batch)
+    assert_same(captured(batch.positions, graph, gp), potential(batch.positions, graph, gp))
+    assert captured.n_captures == 0
