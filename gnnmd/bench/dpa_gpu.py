@@ -3,7 +3,7 @@
 ``python -m gnnmd.bench.dpa_gpu`` prints one JSON line per size. ``ms_median`` is a call whose neighbour list
 exists already, ``ms_with_list_median`` one that builds it on the device first, ``host_ms_median`` how long
 the former keeps the host (near ``ms_median`` = the host, or a wait for the GPU inside the call, is in the
-way). The crystals are those of deepmd-kit's timings, see ``peers/README.md``.
+way), ``captured_ms_median`` the same as one CUDA graph. The crystals are those of deepmd-kit's timings, see ``peers/README.md``.
 
 ``--profile N`` adds a table of the kernels of N more calls per size, written to ``--profile-file``.
 """
@@ -26,6 +26,7 @@ from gnnmd.models.build import PotentialConfig, build_potential
 from gnnmd.models.dpa3_config import DPA3Config
 from gnnmd.parallel import GPContext
 from gnnmd.predict import InferenceSettings
+from gnnmd.predict.capture import CapturedPotential
 from gnnmd.predict.evaluation import frozen_copy, own_arithmetic
 
 #: Rows of the tables of `--profile`.
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     parser.add_argument("--tf32", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--kernels", default="auto", help="torch or triton")
     parser.add_argument("--edge-chunk", type=int, default=None)
     parser.add_argument("--no-stress", action="store_true")
     parser.add_argument("--neighbors", default="auto", help="backend of the neighbour list")
@@ -71,6 +73,7 @@ def measure(n_atoms: int, options: argparse.Namespace) -> dict[str, Any]:
         compile=options.compile,
         edge_chunk=options.edge_chunk,
         stress=not options.no_stress,
+        kernels=options.kernels,
         neighbors=options.neighbors,
     )
     torch.manual_seed(0)
@@ -112,6 +115,15 @@ def measure(n_atoms: int, options: argparse.Namespace) -> dict[str, Any]:
             "katom_step_per_s": len(x) / statistics.median(times),
             "peak_mib": peak,
         }
+        captured = CapturedPotential(potential)
+        times, _, peak = _times(lambda: captured(x, graph, gp, stress=settings.stress), device, options)
+        if captured.n_captures:  # on a GPU
+            record |= {
+                "captured_ms_median": statistics.median(times),
+                "captured_katom_step_per_s": len(x) / statistics.median(times),
+                "captured_peak_mib": peak,
+                "capture_s": captured.seconds,
+            }
         record["ms_with_list_median"] = statistics.median(_times(call_with_list, device, options)[0])
         record["list_ms_median"] = statistics.median(_times(listed, device, options)[0])
         if options.profile:

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--weak", action="store_true", help="--atoms is per rank")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--skin", type=float, default=0.5, help="Angstrom; 0 finds one")
-    parser.add_argument("--no-compact", action="store_true")
+    parser.add_argument("--evaluation", default=None, help="compact, standing or captured")
     parser.add_argument("--headroom", type=float, default=0.0)
     parser.add_argument("--edge-chunk", type=int, default=None)
     parser.add_argument("--tf32", action="store_true")
@@ -116,7 +116,7 @@ def measure(share: RankPotential, n_atoms: int, options: dict[str, Any]) -> dict
         seed=0,
         limits=Limits(),
         headroom=options["headroom"],
-        compact=not options["no_compact"],
+        evaluation=options["evaluation"],
     )
     columns = initial_columns(atoms, integrator, TEMPERATURE, 0)
     loop = start(share, setup, AtomBatch.from_ase(atoms), columns)
@@ -150,7 +150,7 @@ def measure(share: RankPotential, n_atoms: int, options: dict[str, Any]) -> dict
         "tf32": share.settings.tf32,
         "edge_chunk": options["edge_chunk"],
         "skin": plan.skin,
-        "is_compact": engine.compact,
+        "evaluation": engine.evaluation,
         **dict(zip(("max_owned", "max_ghosts", "max_edges"), ranks.max(counts).tolist(), strict=True)),
         "step": step,
         "katom_step_per_s": len(atoms) / step,

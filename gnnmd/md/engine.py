@@ -18,7 +18,10 @@ from torch import Tensor
 from gnnmd.graph import AtomBatch
 from gnnmd.graph.geometry import edge_vectors
 from gnnmd.md.state import State
+from gnnmd.models.backbone import Backbone
+from gnnmd.models.potential import Prediction
 from gnnmd.parallel import Plan, RankFailure, build_plan
+from gnnmd.predict.capture import CapturedPotential
 from gnnmd.predict.evaluation import RankPotential, own_arithmetic
 from gnnmd.units import BOLTZMANN, FEMTOSECOND
 
@@ -31,6 +34,13 @@ CLOSEST = 0.01
 
 #: What to do about a simulation that has lost its meaning.
 _REMEDY = "Atoms that are too close at the start need `FIRE` first; else try a shorter time step"
+#: How the potential is evaluated: "compact" leaves out the edges in the skin at every step, for which the
+#: host waits for the device; "standing" takes all edges of the plan, so that shapes stay between rebuilds;
+#: "captured" is that as one CUDA graph, captured anew after every rebuild, which spares the host thousands
+#: of launches.
+EVALUATIONS = ("compact", "standing", "captured")
+#: Above so many atoms the GPU is busy for longer than the host takes to launch its work.
+LARGEST_CAPTURED = 8000
 #: Per-atom columns of a `State` that every plan carries.
 _OWN = ("velocities", "masses", "mobile")
 #: Names under which a restart gives positions and forces to the first plan.
@@ -90,8 +100,8 @@ class Engine:
         seed: of all random numbers.
         partition: see `build_plan`.
         headroom: see `build_plan`.
-        compact: leave out the edges in the skin at every step: the network has less to do, but shapes change
-            and the host waits for the device.
+        evaluation: one of `EVALUATIONS`; None takes "captured" for small systems on one GPU if the model can
+            be captured, else "compact".
         limits: what stops the simulation.
         wish: returns a positive number to ask all ranks for attention (the signal that has come).
         saved: the plan of a restart, see `build_plan`.
@@ -127,13 +137,13 @@ class Engine:
         seed: int = 0,
         partition: str = "auto",
         headroom: float = 0.0,
-        compact: bool = True,
+        evaluation: str | None = None,
         limits: Limits | None = None,
         wish: Callable[[], int] = lambda: 0,
         saved: dict[str, Tensor] | None = None,
     ) -> None:
         self.ranks, self.potential = evaluator.ranks, evaluator.potential
-        self.seed, self.compact = seed, compact
+        self.seed = seed
         self.counters = Counters()
         self.wants_stress = self.was_read = False
         self.wished = 0
@@ -161,6 +171,10 @@ class Engine:
         )
         self.n_atoms = int(self.plan.graph.n_atoms.sum())
         self.n_mobile = round(float(self.total(self.plan.carried[_OWN.index("mobile")][:, 0])))
+        self.evaluation = evaluation or self._best_evaluation(evaluator.device)
+        if self.evaluation not in EVALUATIONS:
+            raise ValueError(f"evaluation={evaluation!r} is not one of {', '.join(EVALUATIONS)}")
+        self._captured = CapturedPotential(self.potential, self.plan.skin)
         self._settings, self.system = evaluator.settings, piece
         self._dt, self._changes_cell = timestep * FEMTOSECOND, changes_cell
         self._wish = wish
@@ -259,14 +273,31 @@ class Engine:
         self.counters.evaluations += 1
         cell = s.cell[None]
         with own_arithmetic(s.positions.device, self._settings.tf32):
-            if self.compact:
-                graph = self.plan.within_cutoff(s.positions, cell)
-            else:
-                graph = replace(self.plan.graph, cell=cell)
-            p = self.potential(s.positions, graph, self.plan.gp, stress=stress)
+            p = self._predicted(s, cell, stress=stress)
         s.energy, s.forces = p.energy[0], p.forces
         if stress and p.stress is not None:
             s.stress = p.stress[0]
+
+    def _predicted(self, s: State, cell: Tensor, *, stress: bool) -> Prediction:
+        plan = self.plan
+        if self.evaluation == "compact":
+            return self.potential(s.positions, plan.within_cutoff(s.positions, cell), plan.gp, stress=stress)
+        graph = replace(plan.graph, cell=cell)
+        if self.evaluation == "standing":
+            return self.potential(s.positions, graph, plan.gp, stress=stress)
+        self._captured.skin = plan.skin
+        # Always with the stress: one capture serves all steps.
+        return self._captured(s.positions, graph, plan.gp, listed_at=plan.positions)
+
+    def _best_evaluation(self, device: torch.device) -> str:
+        can = type(self.potential.backbone).links is not Backbone.links
+        alone = device.type == "cuda" and self.ranks.size == 1 and self.plan.skin > 0
+        return "captured" if can and alone and self.n_atoms <= LARGEST_CAPTURED else "compact"
+
+    @property
+    def rebuild_seconds(self) -> float:
+        """What a rebuild costs beyond the plan: the next evaluation captures anew."""
+        return self._captured.seconds if self.evaluation == "captured" else 0.0
 
     def _skin_used(self, s: State) -> Tensor:
         """Return the part of the skin that is used up, on this rank; above 1 an edge may be missing.

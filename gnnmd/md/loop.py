@@ -107,7 +107,7 @@ class Loop:
             seed=setup.seed,
             partition=setup.partition,
             headroom=setup.headroom,
-            compact=setup.compact,
+            evaluation=setup.evaluation,
             limits=setup.limits,
             wish=signals.asked,
             saved={k: v.to(share.device) for k, v in kept.plan.items()} if kept and stood else None,

@@ -26,7 +26,7 @@ class Setup:
         limits: what stops it.
         partition: see `build_plan`.
         headroom: see `build_plan`.
-        compact: see `Engine`.
+        evaluation: see `Engine`.
         restart: folder of its restarts; None for none.
         restart_interval: steps between two of them.
         keep: how many stay.
@@ -39,7 +39,7 @@ class Setup:
     limits: Limits
     partition: str = "auto"
     headroom: float = 0.0
-    compact: bool = True
+    evaluation: str | None = None
     restart: Path | None = None
     restart_interval: int = 1000
     keep: int = 2

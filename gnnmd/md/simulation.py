@@ -54,6 +54,7 @@ class Simulation:
             first steps. Results are the same to rounding; to the last bit they repeat only with a number.
         limits: what stops the run; None are generous ones.
         partition: how atoms are divided over ranks, see `build_plan`.
+        evaluation: "compact", "standing" or "captured", see `gnnmd.md.engine.EVALUATIONS`; None chooses.
         restart: folder in which restarts are written, every so many steps and at the end of every run, from
             which `resume` goes on. All ranks must see it.
         restart_interval: steps between two restarts.
@@ -82,6 +83,7 @@ class Simulation:
         skin: float | None = None,
         limits: Limits | None = None,
         partition: str = "auto",
+        evaluation: str | None = None,
         restart: str | Path | None = None,
         restart_interval: int = 1000,
         keep: int = 2,
@@ -97,6 +99,7 @@ class Simulation:
             seed=seed,
             limits=limits or Limits(),
             partition=partition,
+            evaluation=evaluation,
             restart=None if restart is None else Path(restart).absolute(),
             restart_interval=restart_interval,
             keep=keep,

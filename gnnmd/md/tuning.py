@@ -29,7 +29,7 @@ def cheapest_skin(engine: Engine, s: State) -> float:
     begun = time.perf_counter()
     plan.rebuild(s.positions, s.cell[None])
     _wait(s)
-    rebuilding = time.perf_counter() - begun
+    rebuilding = time.perf_counter() - begun + engine.rebuild_seconds
     begun = time.perf_counter()
     engine.call(s)
     _wait(s)
@@ -41,7 +41,7 @@ def cheapest_skin(engine: Engine, s: State) -> float:
         return ((plan.r_cut + skin) / (plan.r_cut + plan.skin)) ** 3
 
     def cost(skin: float) -> float:
-        step = calling if engine.compact else calling * edges(skin)
+        step = calling if engine.evaluation == "compact" else calling * edges(skin)
         return step + rebuilding * edges(skin) / _interval(engine.travel, skin)
 
     return min(SKINS, key=cost)

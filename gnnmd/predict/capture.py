@@ -1,5 +1,6 @@
 """Replay a whole evaluation on a GPU as one CUDA graph: a small system is bound by launching its kernels."""
 
+import time
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ from gnnmd.graph.graph import AtomGraph
 from gnnmd.models.potential import Potential, Prediction
 from gnnmd.parallel import GPContext
 
-#: Calls before the capture: they compile kernels and create the handles of libraries.
+#: Calls before the first capture: they compile kernels and create the handles of libraries.
 WARM_UP = 2
 
 
@@ -19,9 +20,9 @@ class CapturedPotential:
     A replay costs one launch in place of some thousand. It computes the same kernels on the same memory, so
     that its results are those of a call. The memory of one evaluation stays reserved until the next capture.
 
-    Only the positions and the cell may change between calls with the same ``edge_index``; the first of these
-    calls must have the positions the list was made for. Not captured, but simply called: other devices than
-    GPUs, several ranks, models in training mode and those of which `Backbone.links` has nothing.
+    Only the positions and the cell may change between calls with the same ``edge_index``. Not captured, but
+    simply called: other devices than GPUs, several ranks, models in training mode and those of which
+    `Backbone.links` has nothing.
 
     Args:
         potential: in evaluation mode, frozen.
@@ -29,23 +30,43 @@ class CapturedPotential:
 
     Attributes:
         n_captures: captures so far.
+        seconds: how long the last one took.
     """
 
     def __init__(self, potential: Potential, skin: float = 0.0):
         self.potential, self.skin = potential, skin
-        self.n_captures = 0
+        self.n_captures, self.seconds = 0, 0.0
         self._capture: _Capture | None = None
 
-    def __call__(self, pos: Tensor, g: AtomGraph, gp: GPContext, *, stress: bool = True) -> Prediction:
-        """Return energy, forces and stress; see `Potential.forward`."""
+    def __call__(
+        self,
+        pos: Tensor,
+        g: AtomGraph,
+        gp: GPContext,
+        *,
+        stress: bool = True,
+        listed_at: Tensor | None = None,
+    ) -> Prediction:
+        """Return energy, forces and stress; see `Potential.forward`.
+
+        Args:
+            pos: ``[n_owned, 3]`` Angstrom.
+            g: the graph.
+            gp: this rank's share of it.
+            stress: whether to compute the stress.
+            listed_at: positions for which the neighbour list was made; None are ``pos`` of the first call.
+        """
         standing = self._capture
         if standing is None or not standing.fits(g, gp, stress):
             self._capture = standing = None  # its memory is needed
-            linked = self._linked(pos, g, gp)
+            begun = time.perf_counter()
+            linked = self._linked(pos if listed_at is None else listed_at, g, gp)
             if linked.links is None:
                 return self.potential(pos, g, gp, stress=stress)
-            self._capture = standing = _Capture(self.potential, pos, linked, gp, stress)
+            warm_up = 0 if self.n_captures else WARM_UP
+            self._capture = standing = _Capture(self.potential, pos, linked, gp, stress, warm_up)
             self.n_captures += 1
+            self.seconds = time.perf_counter() - begun
         return standing.replay(pos, g.cell)
 
     def _linked(self, pos: Tensor, g: AtomGraph, gp: GPContext) -> AtomGraph:
@@ -57,7 +78,9 @@ class CapturedPotential:
 class _Capture:
     """One captured evaluation and the tensors it reads and writes."""
 
-    def __init__(self, potential: Potential, pos: Tensor, g: AtomGraph, gp: GPContext, stress: bool):
+    def __init__(
+        self, potential: Potential, pos: Tensor, g: AtomGraph, gp: GPContext, stress: bool, warm_up: int
+    ):
         self._edges, self._how = g.edge_index, (gp.n_owned, stress)
         self._pos, self._cell = pos.detach().clone(), g.cell.clone()
         self._g = replace(g, cell=self._cell)
@@ -68,7 +91,7 @@ class _Capture:
         side = torch.cuda.Stream(pos.device)
         side.wait_stream(torch.cuda.current_stream(pos.device))
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
+            for _ in range(warm_up):
                 call()
         torch.cuda.current_stream(pos.device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()

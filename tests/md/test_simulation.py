@@ -66,3 +66,21 @@ def test_the_skin_that_is_found_changes_nothing_but_the_pace():
         simulation = Simulation(crystal(), unit(), NVE(timestep=5), temperature=600, skin=skin).run(60)
         ends.append(simulation.atoms.positions)
     np.testing.assert_allclose(ends[0], ends[1], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("evaluation", ["standing", "captured"])
+def test_edges_in_the_skin_change_nothing(evaluation):
+    ends = []
+    for how in ("compact", evaluation):
+        simulation = Simulation(
+            crystal(), unit(), NVE(timestep=5), temperature=600, skin=0.5, evaluation=how
+        ).run(40)
+        assert simulation.counters.rebuilds > 1
+        ends.append(simulation.atoms)
+    np.testing.assert_allclose(ends[0].positions, ends[1].positions, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(ends[0].get_stress(), ends[1].get_stress(), rtol=0, atol=1e-11)
+
+
+def test_an_unknown_evaluation_is_refused():
+    with pytest.raises(ValueError, match="evaluation='fast' is not one of compact, standing, captured"):
+        Simulation(crystal(), unit(), NVE(), temperature=300, evaluation="fast")

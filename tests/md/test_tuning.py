@@ -12,7 +12,14 @@ def chosen(monkeypatch, *, rebuilding, calling, travel, compact):
     clock = iter([0.0, rebuilding, 0.0, calling])
     monkeypatch.setattr(tuning.time, "perf_counter", lambda: next(clock))
     plan = SimpleNamespace(r_cut=6.0, skin=1.0, rebuild=lambda *_: None)
-    engine = SimpleNamespace(plan=plan, ranks=Ranks(), call=lambda _: None, compact=compact, travel=travel)
+    engine = SimpleNamespace(
+        plan=plan,
+        ranks=Ranks(),
+        call=lambda _: None,
+        evaluation="compact" if compact else "standing",
+        rebuild_seconds=0.0,
+        travel=travel,
+    )
     s = SimpleNamespace(positions=torch.zeros(1, 3), cell=torch.eye(3))
     return tuning.cheapest_skin(engine, s)
 
