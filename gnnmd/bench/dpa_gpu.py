@@ -3,7 +3,8 @@
 ``python -m gnnmd.bench.dpa_gpu`` prints one JSON line per size. ``ms_median`` is a call whose neighbour list
 exists already, ``ms_with_list_median`` one that builds it on the device first, ``host_ms_median`` how long
 the former keeps the host (near ``ms_median`` = the host, or a wait for the GPU inside the call, is in the
-way), ``captured_ms_median`` the same as one CUDA graph. The crystals are those of deepmd-kit's timings, see ``peers/README.md``.
+way), ``captured_ms_median`` the same as one CUDA graph. The crystals are those of deepmd-kit's timings, see
+``peers/README.md``.
 
 ``--profile N`` adds a table of the kernels of N more calls per size, written to ``--profile-file``.
 """
