@@ -145,9 +145,10 @@ def load_config(arguments: Sequence[str] = ()) -> TrainConfig:
         else:
             values += _leaves({key: value})
     resumed = [Path(str(v.value)) / "config.yaml" for v in values if v.key == "resume"]
-    if not choices:
-        files = [file for file in resumed if file.is_file()] + files
-    values = [value for file in files for value in _file_values(file)] + values
+    begun = [] if choices else [file for file in resumed if file.is_file()]
+    # what the run started from is in its state
+    old = [value for file in begun for value in _file_values(file) if value.key != "init_from"]
+    values = old + [value for file in files for value in _file_values(file)] + values
     cls = train_class(_model_class(choices, values))
     for value in values:
         _check_key(value, cls)

@@ -1,5 +1,7 @@
 """The environment matrix of the DeePMD family: what an atom sees of a neighbour, normalised by its type."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,11 @@ class Environment(Float64Buffers):
         inverse = 1 / (distance + self.protection)
         radial = switch * inverse
         return torch.cat([radial[:, None], (radial * inverse)[:, None] * vector], dim=1)
+
+    def copy_types(self, other: "Environment", mine: Sequence[int], theirs: Sequence[int]) -> None:
+        """Normalise types ``mine`` as another environment does its types ``theirs``."""
+        for own, source in ((self.mean, other.mean), (self.std, other.std)):
+            own[list(mine)] = source[list(theirs)]
 
     def sums(self, raw: Tensor, centre_type: Tensor, owned_type: Tensor, slots: int) -> Tensor:
         """Return the sums for `set_statistics` over some atoms; they add over batches and ranks.

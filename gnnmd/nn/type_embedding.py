@@ -129,9 +129,27 @@ class TypeEmbedding(VectorEmbedding):
         if electron_configurations:
             vectors = torch.stack([electron_configuration_vector(z) for z in numbers])
         super().__init__(vectors, channels, bias=bias)
+        self.electron_configurations = electron_configurations
         type_of = torch.zeros(119, dtype=torch.int64)
         type_of[list(numbers)] = torch.arange(len(numbers))
         self.register_buffer("type_of", type_of, persistent=False)
+
+    @torch.no_grad()
+    def copy_elements(self, other: "TypeEmbedding", mine: Sequence[int], theirs: Sequence[int]) -> None:
+        """Embed types ``mine`` as another embedding embeds its types ``theirs``.
+
+        Unit vectors have a row of weights per type, and a skip that depends on the number of types: what
+        is copied is the embedding, not the weights. Electron configurations share all weights.
+        """
+        linear, source = self.layer.linear, other.layer.linear
+        if self.electron_configurations:
+            linear.load_state_dict(source.state_dict())
+            return
+        if linear.bias is not None:
+            linear.bias.copy_(source.bias)
+        rows = list(mine)
+        missing = other.table()[list(theirs)] - self.table()[rows]  # [n, C]
+        linear.weight[:, rows] += missing.t()
 
     def types(self, numbers: Tensor) -> Tensor:
         """Return the types ``[n]`` of atomic numbers ``[n]``."""

@@ -1,5 +1,6 @@
 """Starting from the weights of another training: other data, other elements, other heads."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +9,16 @@ from ase.data import chemical_symbols
 
 from gnnmd.data.dataset import AtomsDataset
 from gnnmd.data.statistics import element_references
-from gnnmd.models.build import build_potential, from_dict
+from gnnmd.models.build import ModelConfig, build_potential, from_dict
 from gnnmd.models.escn_md import EscnMDConfig
 from gnnmd.models.potential import Potential
+from gnnmd.nn.environment import Environment
+from gnnmd.nn.type_embedding import TypeEmbedding
 from gnnmd.parallel import Ranks
 from gnnmd.predict.checkpoint import CheckpointInfo
 from gnnmd.training.callbacks import BEST
 from gnnmd.training.module import labelled_graph, predict
+from gnnmd.training.settings import FinetuneConfig
 
 #: Frames whose energies settle the references; more change them by less than the model's error.
 REFERENCE_FRAMES = 200
@@ -26,7 +30,14 @@ def find_source(init_from: str) -> str | Path:
 
 
 def start_from(
-    old: Potential, info: CheckpointInfo, *, heads: str, datasets: tuple[str, ...], elements: tuple[int, ...]
+    old: Potential,
+    info: CheckpointInfo,
+    *,
+    heads: str,
+    datasets: tuple[str, ...],
+    elements: tuple[int, ...],
+    settings: FinetuneConfig | None = None,
+    prepare: Callable[[Potential], None] | None = None,
 ) -> tuple[Potential, str]:
     """Build a potential with the weights of another one.
 
@@ -39,14 +50,18 @@ def start_from(
         heads: "conservative" or "direct".
         datasets: names of the data sets in the new data.
         elements: atomic numbers in the new data.
+        settings: what is kept.
+        prepare: called with the fresh potential before the old weights go into it, if it normalises by
+            statistics of the data and has elements that the old one has not.
 
     Raises:
-        ValueError: a new data set where every data set has a head of its own.
+        ValueError: a new data set where every data set has a head of its own, or something new in a backbone
+            that is to be frozen.
 
     Returns:
         The potential, and what was loaded, what is fresh and what was left behind, to be told to the user.
     """
-    known = from_dict(info.config)
+    settings, known = settings or FinetuneConfig(), from_dict(info.config)
     # a model without data set names reads any; one with names keeps them beside the new ones
     added = tuple(name for name in datasets if name not in known.datasets) if known.datasets else ()
     if added and known.dataset_heads == "experts":
@@ -55,37 +70,103 @@ def start_from(
             f"{', '.join(known.datasets)}. Set data.dataset to one of these"
         )
     new_elements = tuple(z for z in elements if known.elements and z not in known.elements)
-    model = known.model
-    if not isinstance(model, EscnMDConfig):  # its tables have a row per element it knows
-        symbols = [chemical_symbols[z] for z in elements]
-        model = replace(model, type_map=(*model.type_map, *(s for s in symbols if s not in model.type_map)))
+    result = tuple(sorted(elements))  # () = all that its tables hold
+    if settings.elements == "all":
+        result = tuple(sorted(known.elements + new_elements))
     config = replace(
         known,
-        model=model,
+        model=_with_elements(known.model, result),
         heads=heads,
         stress_head=known.stress_head if heads == known.heads else None,
         datasets=known.datasets + added,
-        elements=tuple(sorted(known.elements + new_elements)),
+        elements=result,
     )
-    potential = build_potential(config)
+    potential = build_potential(config).to(next(old.parameters()).dtype)
+    if prepare is not None and new_elements and potential.backbone.needs_statistics:
+        prepare(potential)
+        potential.cpu()
     mine, theirs = potential.state_dict(), old.state_dict()
-    shared = {name: w for name, w in theirs.items() if name in mine and mine[name].shape == w.shape}
-    for name, w in theirs.items():  # tables of data sets and elements, when some were added at the end
-        if name in mine and name not in shared and w.ndim == mine[name].ndim:
-            grown = mine[name].clone()
-            grown[tuple(slice(n) for n in w.shape)] = w
-            shared[name] = grown
-    potential.load_state_dict(shared, strict=False)
-    lines = [f"starting weights: {len(shared)} of {len(mine)} tensors from run {info.extra.get('name')!r}"]
+    by_element = _copy_types(potential, old)
+    shared = {
+        name: w
+        for name, w in theirs.items()
+        if name in mine and mine[name].shape == w.shape and name not in by_element
+    }
+    grown = {}
+    for name, w in theirs.items():  # tables of data sets, when some were added at the end
+        if name in mine and name not in {*shared, *by_element} and w.ndim == mine[name].ndim:
+            grown[name] = mine[name].clone()
+            grown[name][tuple(slice(n) for n in w.shape)] = w
+    potential.load_state_dict(shared | grown, strict=False)
+    if result:
+        strangers = torch.ones(len(potential.element_energies), dtype=torch.bool)
+        strangers[list(result)] = False
+        potential.element_energies[strangers] = 0.0
+    loaded = {*shared, *grown, *by_element}
+    if settings.freeze_backbone:
+        novel = [f"elements {_symbols(new_elements)}"] if new_elements else []
+        novel += [n for n in mine if n.startswith("backbone.") and (n in grown or n not in loaded)]
+        if novel:
+            raise ValueError(
+                f"finetune.freeze_backbone=true, but the backbone has to learn {', '.join(novel)}. Train it "
+                "too (finetune.freeze_backbone=false), or leave these data out"
+            )
+        potential.backbone.requires_grad_(False)
+    lines = [f"starting weights: {len(loaded)} of {len(mine)} tensors from run {info.extra.get('name')!r}"]
     for title, names in (
-        ("fresh", mine.keys() - shared.keys()),
-        ("left behind", theirs.keys() - shared.keys()),
+        ("fresh", mine.keys() - loaded),
+        ("left behind", theirs.keys() - loaded),
     ):
         if names:
             lines.append(f"  {title}: {', '.join(sorted({'.'.join(n.split('.')[:2]) for n in names}))}")
     if new_elements:
-        lines.append(f"  elements it has not seen: {', '.join(chemical_symbols[z] for z in new_elements)}")
+        lines.append(f"  elements it has not seen: {_symbols(new_elements)}")
+    unseen = set(known.elements or range(1, old.backbone.max_number + 1)) - set(elements)
+    if unseen and settings.elements == "data":
+        lines.append(
+            f"  for {_symbols(elements)} only: the data has none of the {len(unseen)} other elements that "
+            "the old model knows (finetune.elements=all keeps them, with their old references)"
+        )
+    elif unseen:
+        lines.append(f"  {len(unseen)} elements are not in the data: their references are the old ones")
+    if settings.freeze_backbone:
+        n = sum(p.numel() for p in potential.parameters() if p.requires_grad)
+        lines.append(f"  the backbone is frozen: {n:,} weights are trained")
     return potential, "\n".join(lines)
+
+
+def _with_elements(model: ModelConfig, elements: tuple[int, ...]) -> ModelConfig:
+    """Return the shape for these elements; the tables of eSCN-MD are by atomic number and stay whole."""
+    if isinstance(model, EscnMDConfig):
+        return model
+    symbols = [chemical_symbols[z] for z in elements]
+    kept = [s for s in model.type_map if s in symbols]  # in their old order
+    type_map = (*kept, *(s for s in symbols if s not in kept))
+    pairs = tuple(pair for pair in model.exclude_types if set(pair) <= set(type_map))
+    return replace(model, type_map=type_map, exclude_types=pairs)
+
+
+def _copy_types(potential: Potential, old: Potential) -> set[str]:
+    """Copy what the DPA models hold per type, element by element, and return the names of these tensors."""
+    shape, old_shape = potential.config.model, old.config.model
+    if isinstance(shape, EscnMDConfig):
+        return set()
+    both = [symbol for symbol in shape.type_map if symbol in old_shape.type_map]
+    types = [shape.type_map.index(s) for s in both], [old_shape.type_map.index(s) for s in both]
+    copied: set[str] = set()
+    for name, module in potential.backbone.named_modules():
+        if isinstance(module, TypeEmbedding):
+            module.copy_elements(old.backbone.get_submodule(name), *types)  # type: ignore[arg-type]
+        elif isinstance(module, Environment):
+            module.copy_types(old.backbone.get_submodule(name), *types)  # type: ignore[arg-type]
+        else:
+            continue
+        copied |= {f"backbone.{name}.{key}" for key in module.state_dict()}
+    return copied
+
+
+def _symbols(elements: Iterable[int]) -> str:
+    return ", ".join(chemical_symbols[z] for z in sorted(elements))
 
 
 def refit_references(

@@ -12,12 +12,16 @@ from torch.optim import Optimizer
 
 from gnnmd.data.datamodule import AtomsLoader
 from gnnmd.graph import AtomBatch, AtomGraph, NeighborList
+from gnnmd.models.build import to_dict
 from gnnmd.models.potential import Potential, Prediction
 from gnnmd.parallel import GPContext, Mesh, Ranks
 from gnnmd.predict.metrics import ErrorMeter
 from gnnmd.training.losses import LossConfig, loss_sums, weighted_sum
 from gnnmd.training.optim import OptimConfig, build_optimizer, update_average
 from gnnmd.training.schedule import learning_rate_factor
+
+#: Where a saved state holds the configuration of the potential.
+SHAPE = "potential_config"
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,11 @@ class PotentialModule(LightningModule):
             _autocast_backbone(potential, autocast)
 
     def train(self, mode: bool = True) -> "PotentialModule":
-        """Set training mode of the trained copy; the average always predicts."""
+        """Set training mode of the trained copy; the average, and a backbone that is frozen, predict."""
         super().train(mode)
         self.average.eval()
+        if not any(p.requires_grad for p in self.potential.backbone.parameters()):
+            self.potential.backbone.eval()  # dropout would disturb what cannot adapt to it
         return self
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> LabelledGraph:
@@ -195,10 +201,11 @@ class PotentialModule(LightningModule):
             torch.nn.utils.clip_grad_norm_(self.potential.parameters(), self.optim.clip_norm, foreach=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the errors of the epoch that is under way, and the random state; collective."""
+        """Store errors of the epoch under way, random state and shape of the potential; collective."""
         errors, loss = self.epoch_errors()
         checkpoint["epoch_errors"] = {"sums": errors.sums, "loss": loss}
         checkpoint["random_state"] = torch.get_rng_state()
+        checkpoint[SHAPE] = to_dict(self.potential.config)
         if torch.cuda.is_available():
             checkpoint["cuda_random_state"] = torch.cuda.get_rng_state()
 

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from gnnmd.data.datamodule import AtomsDataModule, AtomsLoader
 from gnnmd.data.statistics import Statistics
-from gnnmd.models.build import PotentialConfig, build_potential, to_dict
+from gnnmd.models.build import PotentialConfig, build_potential, from_dict, to_dict
 from gnnmd.models.escn_md import EscnMDConfig
 from gnnmd.models.potential import Potential
 from gnnmd.parallel import Mesh, Ranks, WorkerDied, Workers, World
@@ -36,7 +36,7 @@ from gnnmd.training.callbacks import BEST, LAST, STATE, Checkpoints, Pace, StopB
 from gnnmd.training.finetune import find_source, refit_references, start_from
 from gnnmd.training.history import History, LiveBar
 from gnnmd.training.learning_curve import save_learning_curve
-from gnnmd.training.module import PotentialModule, labelled_graph, predict
+from gnnmd.training.module import SHAPE, PotentialModule, labelled_graph, predict
 from gnnmd.training.settings import TrainConfig, TrainerConfig, seconds
 from gnnmd.training.strategy import MeshStrategy, copy_from_first
 
@@ -134,16 +134,18 @@ def train_on(
     )
     data.setup()
     torch.manual_seed(config.seed)
-    potential = (
-        _fresh_potential(config, data, mesh)
-        if source is None
-        else _continued(config, data, source, console, mesh)
-    )
-    if config.trainer.precision == "float64":
-        potential.double()
+    if resumed:
+        _check_resumable(folder, config)
+        potential = _stored_shape(folder)
+        if config.finetune.freeze_backbone:
+            potential.backbone.requires_grad_(False)
+    elif source is None:
+        potential = _fresh_potential(config, data, mesh)
+    else:
+        potential = _continued(config, data, source, console, mesh)
+    potential.to(torch.float64 if config.trainer.precision == "float64" else torch.float32)
     potential.backbone.edge_chunk = config.trainer.edge_chunk
     _describe(console, potential, data.statistics, mesh)
-    _check_resumable(folder, resumed, config, potential)
     if ranks.rank == 0:
         _write_config(folder, config, potential)
     console.print(f"{'continuing in' if resumed else 'run folder'} {folder}")
@@ -338,12 +340,21 @@ def _continued(
 ) -> Potential:
     """Build the potential from a checkpoint and fit its references to the training data."""
     potential, report = start_from(
-        *source, heads=config.heads, datasets=_datasets(data), elements=data.statistics.elements
+        *source,
+        heads=config.heads,
+        datasets=_datasets(data),
+        elements=data.statistics.elements,
+        settings=config.finetune,
+        prepare=lambda fresh: _set_statistics(fresh.to(mesh.gp.device), data, mesh),
     )
     refit_references(potential.to(mesh.gp.device), data.train_set, mesh.gp)
     console.print(report)
     mine, theirs = asdict(config.model), asdict(potential.config.model)
-    if changed := [f"{key}={theirs[key]}" for key in theirs if theirs[key] != mine[key]]:
+    if theirs["type"] != mine["type"]:
+        changed = [f"type={theirs['type']}"]
+    else:
+        changed = [f"{key}={theirs[key]}" for key in theirs if theirs[key] != mine[key]]
+    if changed:
         console.print(f"  the checkpoint's architecture is kept: {', '.join(changed)}")
     return potential
 
@@ -437,13 +448,12 @@ def _device(config: TrainerConfig) -> Literal["cuda", "cpu"]:
     return config.device
 
 
-def _check_resumable(folder: Path, resumed: bool, config: TrainConfig, potential: Potential) -> None:
+def _check_resumable(folder: Path, config: TrainConfig) -> None:
     """Refuse to resume a run of another architecture: its weights would not fit."""
-    if not resumed:
-        return
-    mine, saved = _resolved(config, potential), yaml.safe_load((folder / CONFIG).read_text())
+    mine, saved = _plain(asdict(config)), yaml.safe_load((folder / CONFIG).read_text())
     changed = [f"heads={saved['heads']}"] if saved["heads"] != mine["heads"] else []
     changed += [f"model.{k}={v}" for k, v in saved["model"].items() if mine["model"].get(k) != v]
+    changed += [f"finetune.{k}={v}" for k, v in saved["finetune"].items() if mine["finetune"][k] != v]
     if changed:
         raise ValueError(
             f"resume={folder}: that run has {', '.join(changed)}, this configuration has not. Drop the "
@@ -451,11 +461,19 @@ def _check_resumable(folder: Path, resumed: bool, config: TrainConfig, potential
         )
 
 
+def _stored_shape(folder: Path) -> Potential:
+    """Build the potential of a run to resume; its weights are loaded with the rest of the state."""
+    state = torch.load(folder / STATE, "cpu", weights_only=True, mmap=True)
+    return build_potential(from_dict(state[SHAPE]))
+
+
 def _write_config(folder: Path, config: TrainConfig, potential: Potential) -> None:
-    """Write the resolved configuration into the run folder."""
+    """Write the resolved configuration into the run folder; what a resumed run once started from stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = yaml.safe_dump(_resolved(config, potential), sort_keys=False)
-    write_atomically(folder / CONFIG, content.encode())
+    path, resolved = folder / CONFIG, _resolved(config, potential)
+    if path.exists():
+        resolved["init_from"] = yaml.safe_load(path.read_text())["init_from"]
+    write_atomically(path, yaml.safe_dump(resolved, sort_keys=False).encode())
 
 
 def _resolved(config: TrainConfig, potential: Potential) -> Any:

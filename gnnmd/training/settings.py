@@ -99,6 +99,23 @@ class LoggerConfig:
 
 
 @dataclass
+class FinetuneConfig:
+    """What a run with ``init_from`` keeps of the model it starts from.
+
+    Attributes:
+        freeze_backbone: train the heads and the energy references only. Faster, and little data cannot spoil
+            what the network knows; but nothing new can enter the backbone: no elements, no data sets.
+        elements: for which elements the result may be used. "data": those of the training data; others are
+            refused, tables of the DPA models lose them, references of eSCN-MD become 0. "all": those of the
+            old model too, although only the new data was looked at: their references stay those of the old
+            level of theory, and their energies are not checked by anything.
+    """
+
+    freeze_backbone: bool = False
+    elements: Literal["data", "all"] = "data"
+
+
+@dataclass
 class TrainConfig:
     """A training run.
 
@@ -111,6 +128,7 @@ class TrainConfig:
         init_from: checkpoint (.safetensors or a run folder) whose weights to start from. The architecture
             is then the checkpoint's; heads it does not have start fresh, energy references are fitted to
             the new data.
+        finetune: what such a run keeps.
         resume: run folder to continue exactly where it stopped, or "auto": the newest run of this name, if
             any.
     """
@@ -120,6 +138,7 @@ class TrainConfig:
     runs: str = "runs"
     heads: Literal["conservative", "direct"] = "conservative"
     init_from: str | None = None
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     resume: str | None = None
     model: ModelConfig = field(default_factory=EscnMDConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -135,6 +154,11 @@ class TrainConfig:
             raise ValueError("data.train names no frames; add data.train=<file, pattern or list of files>")
         if self.resume is not None and self.init_from is not None:
             raise ValueError("resume continues a run and init_from starts one; give one of the two")
+        if self.finetune.freeze_backbone and self.init_from is None and self.resume is None:
+            raise ValueError(
+                "finetune.freeze_backbone=true leaves random weights as they are: set init_from to the model "
+                "to start from"
+            )
 
 
 def seconds(duration: str) -> int:
