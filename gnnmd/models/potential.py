@@ -309,8 +309,9 @@ class Potential(Float64Buffers):
             found = MergedFor.of(batch, b, self.dataset_name(name), self.merged_for.composition)
             if found != self.merged_for:
                 raise ValueError(
-                    f"the experts were merged for {self.merged_for}, but system {b} is {found}. "
-                    "Use the potential from before merging"
+                    f"the experts were merged for {self.merged_for}, but system {b} is {found}, which has "
+                    "another mixture. Load the checkpoint from before merging; with InferenceSettings("
+                    "merge_experts=True) it is merged for every system it meets"
                 )
 
     def dataset_name(self, name: str) -> str:

@@ -26,6 +26,7 @@ from gnnmd.predict.evaluation import (
     outside_inference_mode,
     own_arithmetic,
 )
+from gnnmd.predict.merging import MergedExperts
 from gnnmd.predict.settings import InferenceSettings
 
 #: What a prediction depends on, besides the names of the data sets.
@@ -48,6 +49,7 @@ class PartitionedPotential:
         self._ranks: Ranks | None = ranks
         self.settings = settings
         self.potential = frozen_copy(potential, ranks.device, settings)
+        self._experts = MergedExperts(self.potential, settings)
         self._plan: Plan | None = None
         self._pbc: Tensor | None = None
         self._bytes_per_row = 0.0
@@ -100,10 +102,11 @@ class PartitionedPotential:
             check_boxes(batch)
             dataset = self.potential.dataset_index(batch).to(self.ranks.device)
             batch = batch.to(self.ranks.device)
+            potential = self._experts.for_batch(batch)
             before = self._plan
             self._plan = None  # whatever fails, nothing of the last systems remains
             plan, positions = self._plan_for(batch, dataset, skin, before)
-            prediction = on_cpu(_gathered(plan, self._forward(plan, positions, batch.cell)))
+            prediction = on_cpu(_gathered(plan, self._forward(potential, plan, positions, batch.cell)))
             self._plan, self._pbc = plan, batch.pbc.clone()
             return prediction, plan is not before
 
@@ -175,13 +178,13 @@ class PartitionedPotential:
         mine = mine and torch.equal(g.system[: len(ids)], batch.system[ids])
         return bool(self.ranks.min(torch.tensor(int(mine), device=ids.device)))
 
-    def _forward(self, plan: Plan, positions: Tensor, cell: Tensor) -> Prediction:
+    def _forward(self, potential: Potential, plan: Plan, positions: Tensor, cell: Tensor) -> Prediction:
         g = plan.within_cutoff(positions, cell)
         measure: AbstractContextManager[dict[int, int]]
         measure = nullcontext({}) if self._bytes_per_row else count_saved_bytes()
         try:
             with measure as saved:
-                prediction = self.potential(
+                prediction = potential(
                     positions,
                     g,
                     plan.gp,

@@ -19,6 +19,9 @@ class InferenceSettings:
         compile: run the backbone through `torch.compile`; the first calls take minutes.
         kernels: which version of its operations a model uses that has several: "torch", "triton", or "auto",
             the fastest that is there (see `gnnmd.kernels`).
+        merge_experts: mix the weights of a mixture of experts once instead of at every call, for systems of
+            one composition, charge, spin and data set as in a simulation; mixed again as soon as one of them
+            changes. Takes the memory of one more model without experts; nothing where there are none.
         edge_chunk: edges that the network handles at a time, to save memory; None handles all at once.
         stress: compute the stress too.
         descriptors: return invariant node features too.
@@ -32,6 +35,7 @@ class InferenceSettings:
     tf32: bool = False
     compile: bool = False
     kernels: str = "auto"
+    merge_experts: bool = False
     edge_chunk: int | None = None
     stress: bool = True
     descriptors: bool = False

@@ -27,6 +27,7 @@ from gnnmd.predict.evaluation import (
     outside_inference_mode,
     own_arithmetic,
 )
+from gnnmd.predict.merging import MergedExperts
 from gnnmd.predict.partitioned import PartitionedPotential
 from gnnmd.predict.settings import InferenceSettings
 from gnnmd.predict.upstream import load_upstream
@@ -48,7 +49,8 @@ class PredictUnit:
         workers: number of processes; None computes in this one.
 
     Attributes:
-        potential: the copy that is evaluated; with workers, the copy of this process, on the CPU.
+        potential: the copy that is evaluated (with experts to be merged, the one they are merged from); with
+            workers, the copy of this process, on the CPU.
         device: where it is evaluated.
         settings: as given.
         info: what the checkpoint says about itself, if there was one.
@@ -77,6 +79,7 @@ class PredictUnit:
         self._close = weakref.finalize(self, stack.close)
         if workers is None:
             self.potential = frozen_copy(potential, self.device, self.settings)
+            self._experts = MergedExperts(self.potential, self.settings)
             return
         if self.device.type == "cuda" and self.device.index is not None:
             raise ValueError(
@@ -209,8 +212,9 @@ class PredictUnit:
             check_systems(batch)
             if neighbors is None:
                 neighbors = self.neighbor_list(batch)
-            g = self.potential.graph(batch, outside_inference_mode(neighbors))
-            prediction = self.potential(
+            potential = self._experts.for_batch(batch)
+            g = potential.graph(batch, outside_inference_mode(neighbors))
+            prediction = potential(
                 batch.positions,
                 g,
                 GPContext.single(len(batch.numbers)),
