@@ -353,7 +353,7 @@ class DPA2(Backbone):
         return torch.cat([h, self.type_embedding(self.type_embedding.types(g.numbers[: len(h)]))], dim=1)
 
     def statistics(self, g: AtomGraph, n_owned: int) -> Tensor:
-        """Return sums ``[neighborhoods, T, 4]`` over the owned atoms of a graph, see `Environment.sums`."""
+        """Return sums ``[neighborhoods, T, 5]`` over the owned atoms of a graph, see `Environment.sums`."""
         owned = self.type_embedding.types(g.numbers[:n_owned])
         [(_, _, shells)] = self._shells(g, n_owned, g.edge_index.shape[1])
         pairs = zip(self.neighborhoods, shells, strict=True)

@@ -311,11 +311,14 @@ class DPA3(Backbone):
         return torch.cat([h, self._elements(g)[: len(h)]], dim=1)
 
     def statistics(self, g: AtomGraph, n_owned: int) -> Tensor:
-        """Return sums ``[T, 4]`` over the owned atoms of a graph with positions, see `Environment.sums`."""
+        """Return sums ``[T, 5]`` over the owned atoms of a graph with positions, see `Environment.sums`.
+
+        As published, they are those of the polynomial switch, whichever switch the model has.
+        """
         source, target = g.edge_index
         vector, types = edge_vectors(g).detach(), self.type_embedding.types(g.numbers)
         distance, counts, _ = self._counted(vector, source, target, n_owned, types)
-        switch = torch.where(counts, self._switch(distance, self.config.e_rcut_smth, self.r_cut), 0.0)
+        switch = torch.where(counts, poly_switch(distance, self.config.e_rcut_smth, self.r_cut), 0.0)
         raw = self.environment.raw(vector, distance, switch)
         return self.environment.sums(raw, types[target], types[:n_owned], self.config.e_sel)
 

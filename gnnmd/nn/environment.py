@@ -69,33 +69,34 @@ class Environment(Float64Buffers):
             slots: neighbours an atom has room for; those it does not have count as zero.
 
         Returns:
-            ``[T, 4]`` float64: slots of all atoms of a type, the sum of radial components, the sum of their
-            squares, the sum of squares of all angular components.
+            ``[T, 5]`` float64: slots of all atoms of a type, the sum of radial components, the sum of their
+            squares, the same two sums of all angular components.
         """
         raw, zeros = raw.detach(), raw.new_zeros(len(self.mean))
         counts = zeros.index_add(0, owned_type, raw.new_ones(len(owned_type)))
-        radial, angular = raw[:, 0], raw[:, 1:].square().sum(1)
-        values = [zeros.index_add(0, centre_type, x) for x in (radial, radial.square(), angular)]
+        columns = [f(part).sum(1) for part in (raw[:, :1], raw[:, 1:]) for f in (torch.clone, torch.square)]
+        values = [zeros.index_add(0, centre_type, x) for x in columns]
         return torch.stack([slots * counts, *values], dim=1)
 
     @torch.no_grad()
     def set_statistics(self, sums: Tensor, *, keep_mean_zero: bool = True) -> None:
-        """Set mean and standard deviation per type from `sums` ``[T, 4]`` over data.
+        """Set mean and standard deviation per type from `sums` ``[T, 5]`` over data.
 
-        One scalar serves the three angular components, and their mean is zero. Deviations are at least
-        `SMALLEST_STD`; a type that does not occur has `ABSENT_STD`.
+        As deepmd-kit does: one scalar serves the three angular components, whose mean enters it although it
+        is taken as zero afterwards. Deviations are at least `SMALLEST_STD`; a type that does not occur has
+        `ABSENT_STD`.
 
         Args:
             sums: over all data.
             keep_mean_zero: whether the radial mean is left at zero (it enters the deviation all the same).
         """
-        slots, radial, radial_squares, angular_squares = sums.unbind(1)
-        n = slots.clamp(min=1)
-        mean = radial / n
-        variances = torch.stack([radial_squares / n - mean.square(), angular_squares / (3 * n)], dim=1)
+        slots = sums[:, 0]
+        n = slots.clamp(min=1)[:, None] * torch.tensor([1.0, 3.0]).to(sums)  # [T, 2]
+        means = sums[:, [1, 3]] / n
+        variances = sums[:, [2, 4]] / n - means.square()
         std = variances.clamp(min=0).sqrt().clamp(min=SMALLEST_STD)  # [T, 2]
         std = torch.where(slots[:, None] > 0, std, ABSENT_STD)
         self.std.copy_(std[:, [0, 1, 1, 1]])
         self.mean.zero_()
         if not keep_mean_zero:
-            self.mean[:, 0] = mean
+            self.mean[:, 0] = means[:, 0]

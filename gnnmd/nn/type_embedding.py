@@ -39,6 +39,8 @@ _EXCEPTIONS = {
     92: "5f3 6d1",
     93: "5f4 6d1",
     96: "5f7 6d1",
+    110: "6d9 7s1",  # as published; relativistic calculations say 6d8 7s2
+    111: "6d10 7s1",  # likewise
 }
 
 

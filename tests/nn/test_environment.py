@@ -43,12 +43,13 @@ def test_statistics_over_atoms_with_and_without_neighbours():
         environment.set_statistics(part, keep_mean_zero=keep_mean_zero)
         std, mean = environment.std.clone(), environment.mean.clone()
         for t, atoms in [(0, 2), (1, 1)]:
-            radial = torch.zeros(4 * atoms, dtype=torch.float64)
+            slots = torch.zeros(4 * atoms, 4, dtype=torch.float64)
             mine = raw[t == TYPE]
-            radial[: len(mine)] = mine[:, 0]
-            assert_close(std[t, 0], radial.std(unbiased=False))
-            assert_close(std[t, 1:], (mine[:, 1:].square().sum() / (12 * atoms)).sqrt().expand(3))
-            expected = 0.0 if keep_mean_zero else radial.mean().item()
+            slots[: len(mine)] = mine
+            assert_close(std[t, 0], slots[:, 0].std(unbiased=False))
+            assert_close(std[t, 1:], slots[:, 1:].std(unbiased=False).expand(3))
+            assert slots[:, 1:].mean().abs() > 1e-3  # it enters
+            expected = 0.0 if keep_mean_zero else slots[:, 0].mean().item()
             assert mean[t].tolist() == pytest.approx([expected, 0, 0, 0])
         assert std[2].tolist() == [0.1] * 4
         environment.set_statistics(sum(halves), keep_mean_zero=keep_mean_zero)

@@ -39,6 +39,8 @@ def test_every_atom_is_neutral():
         ("Gd", {"4f": 7, "5d": 1, "6s": 2}),
         ("Pt", {"4f": 14, "5d": 9, "6s": 1}),
         ("U", {"5f": 3, "6d": 1, "7s": 2}),
+        ("Ds", {"5f": 14, "6d": 9, "7s": 1}),
+        ("Rg", {"5f": 14, "6d": 10, "7s": 1}),
     ],
 )
 def test_open_shells(symbol, outer):

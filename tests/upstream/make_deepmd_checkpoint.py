@@ -1,7 +1,6 @@
 """Training checkpoints in the layout of deepmd-kit 3's PyTorch backend, with weights of tests/golden/deepmd.
 
-Needs torch only, not deepmd-kit: the layout is that of its documentation and sources, and no file that
-deepmd-kit wrote has been compared.
+Needs torch only, not deepmd-kit, whose own files are in tests/golden/deepmd_files (`make_deepmd_files.py`).
 
     python make_deepmd_checkpoint.py dpa3_fixed model.ckpt.pt
 """

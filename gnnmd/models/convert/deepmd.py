@@ -25,6 +25,13 @@ _DESCRIPTORS: dict[
 #: Options of how upstream computes, trains or begins; the trained function is the same.
 _NO_EFFECT = ("seed", "trainable", "precision")
 
+#: Options of the whole model that are like them: statistics, names, and what other options switch on.
+_OF_TRAINING = (
+    *("data_stat_nbatch", "data_stat_protect", "data_bias_nsample", "preset_out_bias", "srtab_add_bias"),
+    *("model_prob", "model_branch_alias", "finetune_head", "info"),
+    *("bridging_r_inner", "bridging_r_outer"),
+)
+
 
 def build(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Potential:
     """Return a potential with published weights, in their precision.
@@ -40,11 +47,10 @@ def build(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Potential:
     """
     weights = DeepmdWeights(_without_prefix(state))
     model = Options(config, "model")
-    model.ignore(
-        "data_stat_nbatch", "data_stat_protect", "data_bias_nsample", "model_prob", "info", "srtab_add_bias"
-    )
-    for option in ("pair_exclude_types", "atom_exclude_types", "preset_out_bias"):
+    model.ignore(*_OF_TRAINING)
+    for option in ("pair_exclude_types", "atom_exclude_types"):
         model.require(option, [], None)
+    model.require("bridging_method", "none", "NONE", "None", None)
     for option in ("spin", "use_srtab", "hessian_mode"):
         model.require(option, None, False)
     model.require("type", "standard")

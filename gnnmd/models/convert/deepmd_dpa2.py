@@ -84,6 +84,8 @@ def dpa2(
         if missing:
             raise ValueError(f"{section.name} lacks {', '.join(missing)}")
         sections.append(section.take_all({**dict.fromkeys(_REQUIRED), **defaults}))
+        if "ln_eps" in sections[-1] and sections[-1]["ln_eps"] is None:  # how files say "the default"
+            sections[-1]["ln_eps"] = _REPFORMER["ln_eps"]
         section.check_complete()
     descriptor.require("smooth", True)
     excluded = descriptor.take("exclude_types", [])

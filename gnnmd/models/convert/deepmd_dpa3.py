@@ -58,7 +58,7 @@ def dpa3(
         ValueError: an option that is not known or contradicts another one.
     """
     repflow = Options(descriptor.take("repflow", {}), "descriptor.repflow")
-    repflow.ignore("optim_update")  # the same numbers by other products
+    repflow.ignore("optim_update", "skip_stat")  # the same numbers by other products; of training
     excluded = descriptor.take("exclude_types", [])
     config = DPA3Config(
         **repflow.take_all(_REPFLOW),
@@ -67,7 +67,8 @@ def dpa3(
         exclude_types=tuple((type_map[a], type_map[b]) for a, b in excluded),
         fitting_net=fitting_net,
     )
-    descriptor.ignore("use_loc_mapping")
+    # charge and spin are those of the atoms here, never those of the file
+    descriptor.ignore("use_loc_mapping", "default_chg_spin")
     repflow.check_complete()
     return dpa3_potential(config), _backbone(config, weights, "atomic_model.descriptor.")
 
