@@ -6,14 +6,9 @@
 
 import argparse
 import json
-import resource
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 
-LATTICE, RATTLE, JITTER = 4.09, 0.1, 0.01  # Angstrom; positions differ in every call
+from gnnmd.bench.protocol import in_processes, jittered, milliseconds, rss_mib, silver
 
 
 def main() -> None:
@@ -31,16 +26,12 @@ def main() -> None:
         print(json.dumps(measure(options.atoms[0], options)), flush=True)
         return
     rest = [f"--{name}={getattr(options, name)}" for name in ("threads", "channels", "layers", "iters")]
-    for n_atoms in options.atoms:
-        command = [sys.executable, "-m", "gnnmd.bench.escn_cpu", "--atoms", str(n_atoms), *rest]
-        subprocess.run(command, check=True)
+    raise SystemExit(in_processes(["-m", "gnnmd.bench.escn_cpu"], options.atoms, rest, options.threads))
 
 
 def measure(n_atoms: int, options: argparse.Namespace) -> dict[str, float]:
     """Return the median time of a call (neighbour list, energy, forces), of the list alone, and memory."""
-    import numpy as np
     import torch
-    from ase.build import bulk
 
     from gnnmd.graph import AtomBatch
     from gnnmd.models.build import PotentialConfig, build_potential
@@ -53,31 +44,19 @@ def measure(n_atoms: int, options: argparse.Namespace) -> dict[str, float]:
     shape = {"channels": c, "hidden_channels": c, "edge_channels": c, "num_layers": options.layers}
     potential = build_potential(PotentialConfig(EscnMDConfig(lmax=2, mmax=2, num_basis=64, **shape)))
     unit = PredictUnit(potential, device="cpu", settings=InferenceSettings(stress=False))
-    atoms = bulk("Ag", "fcc", a=LATTICE, cubic=True).repeat(round((n_atoms / 4) ** (1 / 3)))
-    start = atoms.positions + np.random.default_rng(17).normal(0.0, RATTLE, atoms.positions.shape)
-    rng = np.random.default_rng(0)
-
-    def timed(call: Callable[[], object]) -> float:
-        times = []
-        for i in range(3 + options.iters):
-            atoms.positions = start + rng.normal(0.0, JITTER, start.shape)
-            began = time.perf_counter()
-            call()
-            if i >= 3:
-                times.append(1000 * (time.perf_counter() - began))
-        return statistics.median(times)
-
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    whole = timed(lambda: unit.predict(atoms))
-    graph = timed(lambda: unit.potential.graph(AtomBatch.from_ase(atoms)))
+    atoms = silver(n_atoms)
+    frames, base = jittered(atoms), rss_mib()
+    whole = milliseconds(lambda _: unit.predict(next(frames)), 3, options.iters)
+    peak = rss_mib()
+    graph = milliseconds(lambda _: unit.potential.graph(AtomBatch.from_ase(next(frames))), 3, options.iters)
     return {
         "atoms": len(atoms),
         "edges": unit.potential.graph(AtomBatch.from_ase(atoms)).edge_index.shape[1],
         "parameters": sum(p.numel() for p in potential.parameters()),
         "threads": options.threads,
-        "ms_median": round(whole, 2),
-        "graph_ms_median": round(graph, 2),
-        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "ms_median": round(statistics.median(whole), 2),
+        "graph_ms_median": round(statistics.median(graph), 2),
+        "peak_rss_mib": round(peak, 1),
         "base_rss_mib": round(base, 1),
     }
 

@@ -70,6 +70,7 @@ def test_a_fairchem_file_gives_what_upstream_predicts(name, task):
     compare(unit, name, task)
 
 
+@pytest.mark.upstream
 @pytest.mark.parametrize(("name", "task"), [("esen", "omat"), ("uma", "omol")])
 def test_calculators_agree_on_random_structures(name, task):
     """Where fairchem-core is installed; its calculator says what it takes for a spin that is not given."""
@@ -83,6 +84,7 @@ def test_calculators_agree_on_random_structures(name, task):
     unit = MLIPPredictUnit(str(path), "cpu", inference_settings=settings)
     theirs = FAIRChemCalculator(unit, task_name=task)
     ours = GNNMDCalculator(PredictUnit.from_upstream(path, task=task, device="cpu", settings=FLOAT64))
+    worst = np.zeros(3)
     for _ in range(20):
         n = int(rng.integers(2, 12))
         info = {"charge": int(rng.integers(-2, 3)), "spin": int(rng.integers(1, 4))}
@@ -91,9 +93,11 @@ def test_calculators_agree_on_random_structures(name, task):
         found = []
         for calculator in (theirs, ours):
             atoms.calc = calculator
-            found.append([atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()])
-        for own, other in zip(*found, strict=True):
-            np.testing.assert_allclose(own, other, atol=1e-10 * max(1, np.abs(other).max()), rtol=0)
+            found.append([atoms.get_potential_energy() / n, atoms.get_forces(), atoms.get_stress()])
+        difference = [np.abs(a - b).max() / max(1.0, np.abs(a).max()) for a, b in zip(*found, strict=True)]
+        worst = np.maximum(worst, difference)
+    print(f"{name} {task}: energy per atom {worst[0]:.1e} eV, forces {worst[1]:.1e}, stress {worst[2]:.1e}")
+    assert worst.max() < 1e-10
 
 
 @pytest.mark.parametrize(("name", "task"), [("esen", None), ("uma", "omat")])

@@ -16,17 +16,14 @@ import argparse
 import json
 import logging
 import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
-LATTICE_A = 4.09  # fcc silver, Angstrom
-RATTLE_A = 0.1
-JITTER_A = 0.01  # positions differ in every call, so that nothing can be reused
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from protocol import JITTER, cpu_name, in_processes, milliseconds, rss_mib, silver
 
 
 def parse_args(argv=None):
@@ -49,21 +46,6 @@ def parse_args(argv=None):
     p.add_argument("--warmup", type=int, default=3)
     p.add_argument("--iters", type=int, default=10)
     return p.parse_args(argv)
-
-
-def silver(n_atoms):
-    """Return a rattled cubic fcc silver supercell of ``n_atoms`` = 4 n^3 atoms (ase.Atoms)."""
-    import numpy as np
-    from ase.build import bulk
-
-    n = round((n_atoms / 4) ** (1 / 3))
-    if 4 * n**3 != n_atoms:
-        raise SystemExit(f"{n_atoms} is not 4 n^3")
-    atoms = bulk("Ag", "fcc", a=LATTICE_A, cubic=True).repeat(n)
-    atoms.positions += np.random.default_rng(17).normal(0.0, RATTLE_A, atoms.positions.shape)
-    atoms.wrap()
-    atoms.info.update(charge=0, spin=0)
-    return atoms
 
 
 def build_model(args, data):
@@ -115,32 +97,6 @@ def build_model(args, data):
     return backbone, head
 
 
-def rss_mib():
-    """Return the largest resident memory of this process so far (Linux: ru_maxrss is in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def cpu_name():
-    """Return the processor's model name."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def milliseconds(call, n_warmup, n_iters):
-    """Return the wall times of ``call(i)`` after ``n_warmup`` untimed calls."""
-    for i in range(n_warmup):
-        call(i)
-    times = []
-    for i in range(n_iters):
-        t = time.perf_counter()
-        call(i)
-        times.append((time.perf_counter() - t) * 1e3)
-    return times
-
-
 def measure(args, n_atoms):
     """Time one size in this process and return the record that is printed."""
     warnings.filterwarnings("ignore")
@@ -152,8 +108,10 @@ def measure(args, n_atoms):
 
     from fairchem.core.datasets.atomic_data import AtomicData
 
+    atoms = silver(n_atoms)
+    atoms.info.update(charge=0, spin=0)
     data = AtomicData.from_ase(
-        silver(n_atoms),
+        atoms,
         task_name="omat",
         r_data_keys=["spin", "charge"],
         target_dtype=torch.float32,
@@ -163,7 +121,7 @@ def measure(args, n_atoms):
     )
     backbone, head = build_model(args, data)
     gen = torch.Generator().manual_seed(5)
-    jitter = [(2 * torch.rand(data.pos.shape, generator=gen) - 1) * JITTER_A for _ in range(4)]
+    jitter = [(2 * torch.rand(data.pos.shape, generator=gen) - 1) * JITTER for _ in range(4)]
     out = {}
 
     def fresh(i):
@@ -233,13 +191,7 @@ def main():
         while j < len(rest) and rest[j].isdigit():
             j += 1
         rest = rest[:i] + rest[j:]
-    env = dict(os.environ, OMP_NUM_THREADS=str(args.threads), MKL_NUM_THREADS=str(args.threads))
-    code = 0
-    for n in args.atoms:
-        code |= subprocess.run(
-            [sys.executable, os.path.abspath(__file__), *rest, "--atoms", str(n)], env=env
-        ).returncode
-    return code
+    return in_processes([os.path.abspath(__file__)], args.atoms, rest, args.threads)
 
 
 if __name__ == "__main__":

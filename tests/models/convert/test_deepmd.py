@@ -147,6 +147,7 @@ def test_the_order_of_the_type_map_is_free():
         ("fitting_net", "dim_case_embd", 3, "fitting_net.dim_case_embd=3"),
         ("fitting_net", "type", "dipole", "fitting_net.type='dipole'"),
         ("model", "pair_exclude_types", [[0, 1]], "model.pair_exclude_types"),
+        ("model", "bridging_method", "ZBL", "model.bridging_method='ZBL' is not supported, only 'none'"),
         ("model", "modifier", {}, r"\['modifier'\] of model"),
         ("descriptor", "type", "se_e2_a", "'se_e2_a' is not supported"),
         ("repflow", "axis_neuron", 5, "node_sym.weight have shape"),
