@@ -143,7 +143,7 @@ def train_on(
         potential = _fresh_potential(config, data, mesh)
     else:
         potential = _continued(config, data, source, console, mesh)
-    potential.to(torch.float64 if config.trainer.precision == "float64" else torch.float32)
+    potential.to(_dtype(config))
     potential.backbone.edge_chunk = config.trainer.edge_chunk
     _describe(console, potential, data.statistics, mesh)
     if ranks.rank == 0:
@@ -347,7 +347,7 @@ def _continued(
         settings=config.finetune,
         prepare=lambda fresh: _set_statistics(fresh.to(mesh.gp.device), data, mesh),
     )
-    refit_references(potential.to(mesh.gp.device), data.train_set, mesh.gp)
+    refit_references(potential.to(mesh.gp.device, _dtype(config)), data.train_set, mesh.gp)
     console.print(report)
     mine, theirs = asdict(config.model), asdict(potential.config.model)
     if theirs["type"] != mine["type"]:
@@ -446,6 +446,10 @@ def _device(config: TrainerConfig) -> Literal["cuda", "cpu"]:
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return config.device
+
+
+def _dtype(config: TrainConfig) -> torch.dtype:
+    return torch.float64 if config.trainer.precision == "float64" else torch.float32
 
 
 def _check_resumable(folder: Path, config: TrainConfig) -> None:

@@ -21,9 +21,10 @@ from gnnmd.predict import load_checkpoint, save_checkpoint
 from gnnmd.training.callbacks import LAST, STATE
 from gnnmd.training.finetune import start_from
 from gnnmd.training.run import train
-from gnnmd.training.settings import FinetuneConfig
+from gnnmd.training.settings import FinetuneConfig, ParallelConfig
 from tests.models.systems import predict
 from tests.training.conftest import alloys, crystals
+from tests.training.jobs import fit
 from tests.training.test_run import DPA2, DPA3, AtStep, ask_to_stop
 from tests.upstream.make_deepmd_checkpoint import model, write
 
@@ -154,6 +155,16 @@ def test_a_frozen_backbone_learns_no_new_data_set():
     assert start_from(old, info, **arguments)[0].datasets == ("omat", "omol")
     with pytest.raises(ValueError, match=r"has to learn backbone\.system_embedding\.dataset\.weight"):
         start_from(old, info, **arguments, settings=FinetuneConfig(freeze_backbone=True))
+
+
+@MODELS
+def test_frozen_and_restricted_on_two_ranks_as_on_one(shape, config, frames, tmp_path, pool):
+    source = knows_all(shape, tmp_path / "all.safetensors")
+    run = tuned(config, source, frames["alloy"], freeze_backbone=True)
+    run.trainer = replace(run.trainer, precision="float64")
+    one = pool.run(1, fit, run)[0]
+    two = pool.run(2, fit, replace(run, parallel=ParallelConfig(gp=2)))[0]
+    torch.testing.assert_close(two.average, one.average, rtol=1e-8, atol=1e-10)
 
 
 def test_freezing_random_weights_is_refused(config):
