@@ -4,6 +4,7 @@ Every option and every tensor is either used or refused by name, but for options
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ _OF_TRAINING = (
 
 
 def build(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Potential:
-    """Return a potential with published weights, in their precision.
+    """Return a potential with published weights, in their precision (the highest, where they have several).
 
     Args:
         config: upstream's section "model": type_map, descriptor, fitting_net.
@@ -137,5 +138,6 @@ def _loaded(potential: Potential, own: State) -> Potential:
             raise ValueError(
                 f"the weights of {key} have shape {tuple(value.shape)}, but by the options it is {shape}"
             )
-    potential.to(own["heads.energy.output.weight"].dtype).load_state_dict(own)
+    stored = (own[name].dtype for name, _ in potential.named_parameters() if name in own)
+    potential.to(reduce(torch.promote_types, stored)).load_state_dict(own)
     return potential

@@ -193,3 +193,15 @@ def test_a_batch_of_all_systems(name):
     found = predict(build(name), batch_of(systems))
     for energy, system in zip(found.energy, systems, strict=True):
         assert abs(float(energy) - golden(name)[2][f"{system}/energy"][0]) < 1e-9
+
+
+@pytest.mark.parametrize("part", ["descriptor", "fitting_net"])
+def test_no_weight_is_rounded_where_precisions_differ(part):
+    """Descriptor and fitting network have a precision each; a potential has one."""
+    state = {k: x.float() if f".{part}." in k else x for k, x in golden("dpa3_dyn")[1].items()}
+    assert {x.dtype for x in state.values()} == {torch.float32, torch.float64}
+    potential = build("dpa3_dyn", state)
+    assert next(potential.parameters()).dtype == torch.float64
+    single = build("dpa3_dyn", {k: x.float() for k, x in state.items()})
+    assert next(single.parameters()).dtype == torch.float32
+    assert single.element_energies.dtype == torch.float64
