@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from gnnmd.config import ConfigError, config_dir, describe, groups, load_config, load_values, schema_keys
-from gnnmd.interfaces.ase_md import MDConfig
+from gnnmd.md.settings import MDConfig
 from gnnmd.models.escn_md import ExpertsConfig
 from gnnmd.training.settings import TrainConfig
 
@@ -155,8 +155,8 @@ def test_dynamics_are_read_with_the_same_rules():
     assert config == MDConfig(model="best.safetensors", repeat=(2, 2, 3), ensemble="nvt", steps=50)
     with pytest.raises(ConfigError, match="unknown key 'step', did you mean 'steps'"):
         load_values(MDConfig, ["step=3"])
-    with pytest.raises(ConfigError, match="ensemble=npt: not one of nve, nvt"):
-        load_values(MDConfig, ["ensemble=npt"])
+    with pytest.raises(ConfigError, match="ensemble=npx: not one of nve, nvt"):
+        load_values(MDConfig, ["ensemble=npx"])
 
 
 def test_help_names_every_key_with_a_meaning():
