@@ -1,15 +1,19 @@
 """Processes that somebody else started together: torchrun, srun, or `Workers`."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from gnnmd.parallel.ranks import Ranks
+from gnnmd.parallel.rendezvous import PATIENCE, JoinError, hosts, meet, patience
+
+#: gloo's own limit; connecting has a shorter one.
+_COLLECTIVE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class World:
                 rank=_number("SLURM_PROCID", variables),
                 size=_number("SLURM_STEP_NUM_TASKS", variables),
                 local_rank=_number("SLURM_LOCALID", variables),
-                address=variables.get("MASTER_ADDR") or first_host(variables.get("SLURM_STEP_NODELIST", "")),
+                address=variables.get("MASTER_ADDR") or _first_host(variables),
                 # Steps that run side by side must not meet: a port per job and step.
                 port=_number("MASTER_PORT", variables, _step_port(variables)),
             )
@@ -70,6 +74,7 @@ class World:
 
         Raises:
             ValueError: this host has fewer GPUs than processes.
+            JoinError: some processes did not come, or cannot talk to each other.
         """
         if device == "cuda":
             n_gpus = torch.cuda.device_count()
@@ -84,29 +89,37 @@ class World:
         if dist.is_initialized():
             yield Ranks(dist.group.WORLD)
             return
-        dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo",
-            # torchrun and `Workers` hold the server of this address themselves and say so in the environment.
-            init_method="env://" if "RANK" in os.environ else f"tcp://{self.address}:{self.port}",
-            rank=self.rank,
-            world_size=self.size,
-        )
+        seconds = patience()
+        store = meet(self.rank, self.size, self.address, self.port, seconds)
+        gloo = device != "cuda"
+        try:
+            dist.init_process_group(
+                "gloo" if gloo else "nccl",
+                store=store,
+                rank=self.rank,
+                world_size=self.size,
+                # gloo tries five times as long as it is told; NCCL connects when it is first used
+                timeout=timedelta(seconds=seconds / 5) if gloo else None,
+            )
+        except RuntimeError as error:
+            raise JoinError(
+                f"rank {self.rank}: all {self.size} processes are here, but cannot connect to each other "
+                f"within {seconds:g} s ({str(error).splitlines()[0][:200]}). Set GLOO_SOCKET_IFNAME "
+                "(NCCL_SOCKET_IFNAME on GPUs) to the network interface that reaches the other hosts, or "
+                f"{PATIENCE} to more seconds"
+            ) from error
+        if gloo:
+            dist.distributed_c10d._set_pg_timeout(_COLLECTIVE)
         try:
             yield Ranks(dist.group.WORLD)
         finally:
             dist.destroy_process_group()
 
 
-def first_host(nodes: str) -> str:
-    """Return the first host of a Slurm list: ``node[03-07,9],other`` -> ``node03``.
-
-    Raises:
-        ValueError: no host in it.
-    """
-    found = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)
-    if found is None:
-        raise ValueError(f"SLURM_STEP_NODELIST={nodes!r} names no host; set MASTER_ADDR to that of rank 0")
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", found[0])
+def _first_host(variables: Mapping[str, str]) -> str:
+    if variables.get("SLURM_STEP_NUM_NODES") == "1":
+        return "127.0.0.1"  # whatever the host's name leads to
+    return hosts(variables.get("SLURM_STEP_NODELIST", ""))[0]
 
 
 def _step_port(variables: Mapping[str, str]) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gnnmd.parallel.world import World, first_host
+from gnnmd.parallel.world import World
 
 SRUN = {
     "SLURM_JOB_ID": "4711",
@@ -26,6 +26,9 @@ def test_srun_says_who_is_who() -> None:
     world = World.from_environment(SRUN)
     assert world is not None
     assert (world.rank, world.size, world.local_rank, world.address) == (5, 8, 1, "gpu03")
+    alone = World.from_environment({**SRUN, "SLURM_STEP_NUM_NODES": "1"})
+    assert alone is not None
+    assert alone.address == "127.0.0.1"
     assert World.from_environment({**SRUN, "MASTER_ADDR": "b", "MASTER_PORT": "9"}) == World(5, 8, 1, "b", 9)
 
 
@@ -66,21 +69,6 @@ def test_a_process_that_is_alone(variables: dict[str, str]) -> None:
 def test_variables_that_make_no_sense_are_named(variables: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         World.from_environment(variables)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [
-        ("node1", "node1"),
-        ("node1,node2", "node1"),
-        ("gpu[03-07,9],login1", "gpu03"),
-        ("gpu[9,03-07]", "gpu9"),
-        ("rack[1-2]n[08-16],x", "rack1n08"),
-        ("a-b-c.example.org", "a-b-c.example.org"),
-    ],
-)
-def test_first_host_of_a_list(nodes: str, host: str) -> None:
-    assert first_host(nodes) == host
 
 
 JOINING = """
