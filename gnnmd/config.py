@@ -8,6 +8,7 @@ nearest valid key.
 import dataclasses
 import difflib
 import inspect
+import itertools
 import re
 import textwrap
 import types
@@ -22,6 +23,7 @@ from typing import Any, Literal, TypeVar, Union
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -131,16 +133,20 @@ def load_config(arguments: Sequence[str] = ()) -> TrainConfig:
         arguments: ``group=preset`` (model=uma_s), ``key=value`` (trainer.max_epochs=10) and YAML files with
             some or all keys, for example the config.yaml of an earlier run. Presets come first, then files,
             then values. ``resume=<run folder>`` alone or with values starts from that run's config.yaml.
+            The preset ``launch=`` counts as a value: it says where, not what.
 
     Raises:
         ConfigError: an unknown key or preset, a wrong type, a value out of range, a missing file.
     """
     files = [Path(a) for a in arguments if "=" not in a and a.endswith((".yaml", ".yml"))]
     choices: dict[str, Any] = {}
+    places: list[Value] = []
     values: list[Value] = []
     for argument in (a for a in arguments if Path(a) not in files):
         key, value = _parse(argument)
-        if key in groups():
+        if key == "launch":
+            places = _preset_values(key, value)
+        elif key in groups():
             choices[key] = value
         else:
             values += _leaves({key: value})
@@ -148,7 +154,7 @@ def load_config(arguments: Sequence[str] = ()) -> TrainConfig:
     begun = [] if choices else [file for file in resumed if file.is_file()]
     # what the run started from is in its state
     old = [value for file in begun for value in _file_values(file) if value.key != "init_from"]
-    values = old + [value for file in files for value in _file_values(file)] + values
+    values = old + [value for file in files for value in _file_values(file)] + places + values
     cls = train_class(_model_class(choices, values))
     for value in values:
         _check_key(value, cls)
@@ -181,14 +187,50 @@ def _model_class(choices: dict[str, Any], values: Sequence[Value]) -> type:
     return MODELS[kind]
 
 
+def sweep(arguments: Sequence[str]) -> list[list[str]]:
+    """Return the arguments of every run of a sweep: all combinations of what ``key=a,b,c`` lists.
+
+    Hydra's ``range(1,4)`` and ``choice(a,b)`` count as lists too; the last one varies fastest.
+
+    Raises:
+        ConfigError: several values of something that cannot be listed, such as ``interval(0,1)``.
+    """
+    options: list[list[str]] = []
+    for argument in arguments:
+        override = _override(argument) if "=" in argument else None
+        if override is None or not override.is_sweep_override():
+            options.append([argument])
+        elif override.is_discrete_sweep():
+            options.append([f"{override.key_or_group}={v}" for v in override.sweep_string_iterator()])
+        else:
+            raise ConfigError(f"{argument!r}: a sweep needs a list of values, such as key=a,b,c")
+    return [list(choice) for choice in itertools.product(*options)]
+
+
 def load_values(cls: type[T], arguments: Sequence[str]) -> T:
-    """Return a dataclass that has no presets, such as `MDConfig`, from ``key=value`` arguments.
+    """Return a dataclass other than `TrainConfig`, such as `MDConfig`.
+
+    Args:
+        cls: the dataclass.
+        arguments: as in `load_config`; presets are those of its sections (launch=slurm).
 
     Raises:
         ConfigError: as `load_config`.
     """
     config = OmegaConf.structured(_schema(typing.cast(type, cls)))
-    for value in (v for argument in arguments for v in _leaves(dict([_parse(argument)]))):
+    presets: list[Value] = []
+    files: list[Value] = []
+    values: list[Value] = []
+    for argument in arguments:
+        if "=" not in argument and argument.endswith((".yaml", ".yml")):
+            files += _file_values(Path(argument))
+            continue
+        key, value = _parse(argument)
+        if key in groups() and _section(getattr(schema_keys(typing.cast(type, cls)).get(key), "type", None)):
+            presets += _preset_values(key, value)
+        else:
+            values += _leaves({key: value})
+    for value in files + presets + values:
         _check_key(value, cls)
         _assign(config, value, cls)
     return typing.cast(T, _build(cls, OmegaConf.to_container(config)))
@@ -199,26 +241,31 @@ def _parse(argument: str) -> tuple[str, Any]:
     key, equal, text = argument.partition("=")
     if not equal:
         raise ConfigError(f"{argument!r} is neither key=value nor a .yaml file")
-    try:
-        override = OverridesParser.create().parse_override(argument)
-    except HydraException as error:
-        if text[:1] in "[{'\"":
-            raise ConfigError(f"{argument!r}: {_first_line(error)}") from None
-        return key, text  # a path with characters that mean something to Hydra
+    override = _override(argument)
+    if override is None:
+        return key, text
     if override.is_add() or override.is_delete() or override.is_force_add():
         raise ConfigError(f"{argument!r}: keys cannot be added or deleted; write key=value")
     if override.is_sweep_override():
-        raise ConfigError(f"{argument!r} names several values; run them one by one, or write a list as [a,b]")
+        raise ConfigError(f"{argument!r} names several values; add -m to run each, or write a list as [a,b]")
     return override.key_or_group, override.value()
+
+
+def _override(argument: str) -> Override | None:
+    """Return ``key=value`` as Hydra reads it; None if the value is a path that it would misunderstand."""
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        if argument.partition("=")[2][:1] in "[{'\"":
+            raise ConfigError(f"{argument!r}: {_first_line(error)}") from None
+        return None
 
 
 def _compose(choices: Mapping[str, Any], cls: type | None) -> DictConfig:
     """Let Hydra put the presets together on top of the schema, or of nothing."""
     for group, choice in choices.items():
-        if choice is not None and choice not in groups()[group]:
-            options = groups()[group]
-            nearest = _nearest(str(choice), options)
-            raise ConfigError(f"{group}={choice}: no such preset{nearest}; there are {', '.join(options)}")
+        if choice is not None:
+            _check_choice(group, choice)
     ConfigStore.instance().store("schema", node={} if cls is None else _schema(cls))
     overrides = [f"{group}={'null' if choice is None else choice}" for group, choice in choices.items()]
     try:
@@ -228,6 +275,31 @@ def _compose(choices: Mapping[str, Any], cls: type | None) -> DictConfig:
         chosen = ", ".join(overrides) or config_dir()
         why = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise ConfigError(f"{chosen}: these presets do not fit together: {why}") from None
+
+
+def _check_choice(group: str, choice: Any) -> None:
+    options = groups()[group]
+    if choice not in options:
+        nearest = _nearest(str(choice), options)
+        raise ConfigError(f"{group}={choice}: no such preset{nearest}; there are {', '.join(options)}")
+
+
+def _preset_values(group: str, choice: Any) -> list[Value]:
+    _check_choice(group, choice)
+    found = _file_values(config_dir() / group / f"{choice}.yaml")
+    return [Value(f"{group}.{v.key}", v.value) for v in found]
+
+
+def to_yaml(config: Any) -> str:
+    """Return a configuration as a file that `load_config` or `load_values` reads."""
+    return OmegaConf.to_yaml(OmegaConf.create(_listed_values(dataclasses.asdict(config))))
+
+
+def _listed_values(value: Any) -> Any:
+    """Return ``value`` with lists instead of tuples."""
+    if isinstance(value, dict):
+        return {key: _listed_values(v) for key, v in value.items()}
+    return [_listed_values(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _file_values(file: Path) -> list[Value]:
@@ -256,7 +328,7 @@ def _check_key(given: Value, cls: type) -> None:
     """Refuse a key that the schema does not have, and one number for a whole section."""
     keys = schema_keys(cls)
     if given.key not in keys:
-        presets = groups() if issubclass(cls, TrainConfig) else {}
+        presets = [group for group in groups() if issubclass(cls, TrainConfig) or group in keys]
         raise ConfigError(f"{given.where}unknown key {given.key!r}{_nearest(given.key, [*keys, *presets])}")
     if (section := _section(keys[given.key].type)) and given.value is not None:
         names = ", ".join(field.name for field in dataclasses.fields(section))

@@ -1,11 +1,22 @@
 """What users type: presets, keys, values, and how mistakes are refused."""
 
 import dataclasses
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 
-from gnnmd.config import ConfigError, config_dir, describe, groups, load_config, load_values, schema_keys
+from gnnmd.config import (
+    ConfigError,
+    config_dir,
+    describe,
+    groups,
+    load_config,
+    load_values,
+    schema_keys,
+    sweep,
+    to_yaml,
+)
 from gnnmd.md.settings import MDConfig
 from gnnmd.models.escn_md import ExpertsConfig
 from gnnmd.training.settings import TrainConfig
@@ -107,7 +118,9 @@ def test_an_optional_section_is_switched_on_by_any_of_its_keys():
         (["trainer.max_time=5min"], ["trainer:", "hours:minutes:seconds"]),
         (["+model.width=3"], ["cannot be added"]),
         (["~model"], ["'~model'"]),
-        (["trainer.max_epochs=1,2"], ["several values"]),
+        (["trainer.max_epochs=1,2"], ["several values", "add -m"]),
+        (["launch=slrum"], ["launch=slrum", "did you mean 'slurm'"]),
+        (["launch.warn=3"], ["launch:", "warn=3"]),
         (["data.train=[a,"], ["data.train=[a,"]),
         (["hello"], ["'hello'", "key=value"]),
         (["data=extxyz"], ["data.train"]),
@@ -203,3 +216,47 @@ def test_presets_that_do_not_fit_together_are_named():
 def test_help_shows_the_keys_of_the_chosen_model():
     assert "model.repformer.nlayers=12" in describe(["model=dpa2_large"])
     assert "model.lmax" not in describe(["model=dpa2_large"])
+
+
+def test_a_sweep_is_all_combinations_of_what_is_listed():
+    assert sweep(
+        ["data=silver", "optim.lr=1e-3,1e-4", "seed=range(0,2)", "mine.yaml", "data.train=[a,b]"]
+    ) == [
+        ["data=silver", f"optim.lr={lr}", f"seed={seed}", "mine.yaml", "data.train=[a,b]"]
+        for lr in ("0.001", "0.0001")
+        for seed in ("0", "1")
+    ]
+    with pytest.raises(ConfigError, match="a sweep needs a list of values, such as key=a,b,c"):
+        sweep(["optim.lr=interval(0,1)"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["model=dpa3", "launch=slurm"], ["model=uma_s", "launch.setup=[a b,c]"]]
+)
+def test_a_written_configuration_is_read_back(arguments, tmp_path):
+    config = load_config(arguments)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config([str(tmp_path / "config.yaml")]) == config
+
+
+def test_an_earlier_run_can_be_started_elsewhere(tmp_path):
+    config = load_config(["model=dpa3", "launch=slurm", "launch.nodes=2", "launch.partition=gpu"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    for source in (f"resume={tmp_path}", f"{tmp_path}/config.yaml"):
+        again = load_config([source, "launch=local"])
+        assert (again.model, again.launch.kind) == (config.model, "local")
+    again = load_config([f"resume={tmp_path}", "launch.nodes=4"])
+    assert again.launch == replace(config.launch, nodes=4)
+
+
+def test_other_commands_have_the_presets_of_their_sections(tmp_path):
+    config = load_values(MDConfig, ["launch=slurm", "launch.nodes=2", "repeat=[2,2,2]"])
+    assert (config.launch.kind, config.launch.nodes, config.launch.gpus_per_node) == ("slurm", 2, 1)
+    (tmp_path / "md.yaml").write_text(to_yaml(config))
+    assert load_values(MDConfig, [str(tmp_path / "md.yaml")]) == config
+    again = load_values(MDConfig, ["launch=local", str(tmp_path / "md.yaml")])
+    assert again == replace(config, launch=replace(config.launch, kind="local", nodes=1))
+    with pytest.raises(ConfigError, match="launch=slrum: no such preset, did you mean 'slurm'"):
+        load_values(MDConfig, ["launch=slrum"])
+    with pytest.raises(ConfigError, match="unknown key 'model.lmax'"):
+        load_values(MDConfig, ["model.lmax=2"])

@@ -53,9 +53,7 @@ def read_frames(
         ValueError: an unreadable or unphysical frame, with file, frame and what to do.
     """
     keys = keys or LabelKeys()
-    paths = [path] if isinstance(path, str | os.PathLike) else list(path)
-    if not paths:
-        raise ValueError("read_frames got an empty list of paths; name at least one file")
+    paths = _listed(path)
     frames: list[Atoms] = []
     for source, index in (found for one in paths for found in _sources(os.fspath(one))):
         # DeePMD's labels have fixed file names; its reader has put them under ASE's names already.
@@ -70,6 +68,19 @@ def read_frames(
                 f"{source}{index}: no frames. Check that the file is complete and the index inside it."
             )
     return frames
+
+
+def check_exist(path: PathLike | Sequence[PathLike]) -> None:
+    """Look for files without reading them; arguments and errors as in `read_frames`."""
+    for one in _listed(path):
+        _sources(os.fspath(one))
+
+
+def _listed(path: PathLike | Sequence[PathLike]) -> list[PathLike]:
+    paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+    if not paths:
+        raise ValueError("read_frames got an empty list of paths; name at least one file")
+    return paths
 
 
 def _sources(path: str) -> list[tuple[Path, str]]:

@@ -1,10 +1,11 @@
 """One run of molecular dynamics as plain values, for ``gnnmd md key=value ...``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gnnmd.md.integrators import NVE, Integrator, Langevin, Ramp
 from gnnmd.md.thermostats import Bussi, NoseHoover
+from gnnmd.parallel.settings import LaunchConfig
 
 
 @dataclass
@@ -72,6 +73,7 @@ class MDConfig:
     keep: int = 2
     resume: bool = False
     max_temperature: float | None = None
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is loaded."""

@@ -5,6 +5,7 @@ Nothing here reads or writes a pickle, so a checkpoint from a stranger cannot ru
 
 import json
 import os
+import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -181,6 +182,24 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path, remedy: str) -> None:
+    """Refuse a folder that cannot be made or written to, before hours of work go into it.
+
+    Args:
+        folder: it or the next one above it that exists is tried.
+        remedy: end of the message, such as "choose another one with runs=".
+
+    Raises:
+        ValueError: names the folder and the reason.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(bytes(4096))
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({existing}: {error.strerror}); {remedy}") from None
 
 
 def _read(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:

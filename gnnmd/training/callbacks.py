@@ -19,6 +19,8 @@ from gnnmd.training.module import PotentialModule
 STATE = "last.ckpt"
 BEST = "best.safetensors"
 LAST = "last.safetensors"
+#: What asks a run to stop: Ctrl-C; the end of a job; the warning before it (sbatch --signal=USR1@120).
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Pace(NamedTuple):
@@ -118,9 +120,9 @@ class Checkpoints(Callback):
 class StopBetweenSteps(Callback):
     """Lets all ranks stop after the same step, whoever wants to stop and whenever he says so.
 
-    Reasons are Ctrl-C, SIGTERM (the end of a job's time) and ``trainer.should_stop`` of a time limit. They
-    reach ranks at different steps, and between batches whose gradients are being accumulated; the ranks
-    agree after the step.
+    Reasons are Ctrl-C, SIGTERM or SIGUSR1 (the end of a job's time) and ``trainer.should_stop`` of a time
+    limit. They reach ranks at different steps, and between batches whose gradients are being accumulated;
+    the ranks agree after the step.
 
     Attributes:
         interrupted: stopped by a signal.
@@ -141,13 +143,13 @@ class StopBetweenSteps(Callback):
         def stop(signum: int, frame: FrameType | None) -> None:
             # torchrun repeats what the terminal has sent already, and one rank must not leave the others
             # alone: with many ranks only the first signal counts.
-            if self._signalled and self._mesh.world.size == 1:
+            if self._signalled and signum == signal.SIGINT and self._mesh.world.size == 1:
                 raise KeyboardInterrupt
             if not self._signalled:
                 self._say("interrupted: stopping after this step; Ctrl-C once more stops at once")
             self._signalled = True
 
-        self._before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, stop) for number in STOPPING}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Agree, if this batch completed a step."""

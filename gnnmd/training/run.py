@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import FrameType
@@ -29,16 +29,23 @@ from gnnmd.models.build import PotentialConfig, build_potential, from_dict, to_d
 from gnnmd.models.escn_md import EscnMDConfig
 from gnnmd.models.potential import Potential
 from gnnmd.parallel import Mesh, Ranks, WorkerDied, Workers, World
-from gnnmd.predict.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint, write_atomically
+from gnnmd.predict.checkpoint import (
+    CheckpointInfo,
+    check_writable,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
 from gnnmd.predict.metrics import ErrorMeter, error_table
 from gnnmd.predict.parity_plot import Parity, save_parity_plot
-from gnnmd.training.callbacks import BEST, LAST, STATE, Checkpoints, Pace, StopBetweenSteps
+from gnnmd.training.callbacks import BEST, LAST, STATE, STOPPING, Checkpoints, Pace, StopBetweenSteps
 from gnnmd.training.finetune import find_source, refit_references, start_from
 from gnnmd.training.history import History, LiveBar
 from gnnmd.training.learning_curve import save_learning_curve
 from gnnmd.training.module import SHAPE, PotentialModule, labelled_graph, predict
-from gnnmd.training.settings import TrainConfig, TrainerConfig, seconds
+from gnnmd.training.settings import TrainConfig, TrainerConfig
 from gnnmd.training.strategy import MeshStrategy, copy_from_first
+from gnnmd.units import seconds
 
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"
@@ -68,7 +75,11 @@ class TrainingResult:
 
 
 def train(
-    config: TrainConfig, *, console: Console | None = None, callbacks: list[Callback] | None = None
+    config: TrainConfig,
+    *,
+    folder: Path | None = None,
+    console: Console | None = None,
+    callbacks: list[Callback] | None = None,
 ) -> TrainingResult:
     """Train a potential and report its test errors, in as many processes as ``config.parallel`` says.
 
@@ -77,6 +88,8 @@ def train(
 
     Args:
         config: everything about the run.
+        folder: the run folder, to go on in if it holds a state already (a job that is started again); None
+            follows ``config``.
         console: where progress is told; standard output by default, and always that of processes of its own.
         callbacks: Lightning callbacks of your own, called before the built-in ones; processes of the run's
             own get copies.
@@ -88,20 +101,17 @@ def train(
         FloatingPointError: the loss became NaN.
         WorkerDied: a process of its own was killed.
     """
-    wanted, world = config.parallel, World.from_environment()
+    world = World.from_environment()
     if world is not None and world.size > 1:
-        if world.size != wanted.processes:
-            raise ValueError(
-                f"parallel.gp={wanted.gp} x parallel.dp={wanted.dp} needs {wanted.processes} processes, but "
-                f"{world.size} were started. Set gp and dp to a product of {world.size}, or start "
-                f"{wanted.processes}"
-            )
+        parallel = config.parallel.over(world.size, f"{world.size} were started")
         with world.joined(_device(config.trainer)) as ranks:
-            return train_on(ranks, config, console=console, callbacks=callbacks)
-    if wanted.processes == 1:
-        return train_on(Ranks(), config, console=console, callbacks=callbacks)
-    with Workers(wanted.processes, _device(config.trainer)) as workers, _stopping(workers):
-        result: TrainingResult = workers.call(train_on, config, None, callbacks)[0]
+            return train_on(ranks, replace(config, parallel=parallel), console, callbacks, folder)
+    parallel = replace(config.parallel, dp=config.parallel.dp or 1)
+    config = replace(config, parallel=parallel)
+    if parallel.processes == 1:
+        return train_on(Ranks(), config, console, callbacks, folder)
+    with Workers(parallel.processes, _device(config.trainer)) as workers, _stopping(workers):
+        result: TrainingResult = workers.call(train_on, config, None, callbacks, folder)[0]
     return result
 
 
@@ -110,6 +120,7 @@ def train_on(
     config: TrainConfig,
     console: Console | None = None,
     callbacks: list[Callback] | None = None,
+    folder: Path | None = None,
 ) -> TrainingResult:
     """Do the part of one process in `train`; all ranks get the same result, the first tells and writes."""
     mesh = Mesh.of(ranks, config.parallel.gp)
@@ -118,7 +129,9 @@ def train_on(
     if ranks.rank:  # the first one tells what all of them find
         console = Console(quiet=True)
         warnings.simplefilter("ignore")
-    folder, resumed = ranks.from_first(run_folder(config))
+    own = folder is not None
+    folder, resumed = ranks.from_first(run_folder(config) if folder is None else _again(folder))
+    check_writable(folder, "free some space, or choose another place with runs=")
     source = None if config.init_from is None else load_checkpoint(find_source(config.init_from))
     known = config.model if source is None else source[0].backbone
     data = AtomsDataModule(
@@ -135,7 +148,8 @@ def train_on(
     data.setup()
     torch.manual_seed(config.seed)
     if resumed:
-        _check_resumable(folder, config)
+        if not own:  # a job's own folder holds the architecture that init_from gave it
+            check_resumable(folder, config)
         potential = _stored_shape(folder)
         if config.finetune.freeze_backbone:
             potential.backbone.requires_grad_(False)
@@ -187,7 +201,7 @@ def train_on(
 
 @contextmanager
 def _stopping(workers: Workers) -> Iterator[None]:
-    """Let the first Ctrl-C or SIGTERM ask the workers to stop between two steps; the second ends them."""
+    """Let the first signal ask the workers to stop between two steps; the second ends them."""
     asked = False
 
     def ask(signum: int, frame: FrameType | None) -> None:
@@ -200,7 +214,7 @@ def _stopping(workers: Workers) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in STOPPING}
     try:
         yield
     except WorkerDied:
@@ -239,6 +253,10 @@ def run_folder(config: TrainConfig) -> tuple[Path, bool]:
         number += 1
         folder = runs / f"{date}_{number}-{config.name}"
     return folder, False
+
+
+def _again(folder: Path) -> tuple[Path, bool]:
+    return folder, (folder / STATE).exists()
 
 
 def evaluate(
@@ -452,8 +470,12 @@ def _dtype(config: TrainConfig) -> torch.dtype:
     return torch.float64 if config.trainer.precision == "float64" else torch.float32
 
 
-def _check_resumable(folder: Path, config: TrainConfig) -> None:
-    """Refuse to resume a run of another architecture: its weights would not fit."""
+def check_resumable(folder: Path, config: TrainConfig) -> None:
+    """Refuse to resume a run of another architecture: its weights would not fit.
+
+    Raises:
+        ValueError: names what differs.
+    """
     mine, saved = _plain(asdict(config)), yaml.safe_load((folder / CONFIG).read_text())
     changed = [f"heads={saved['heads']}"] if saved["heads"] != mine["heads"] else []
     changed += [f"model.{k}={v}" for k, v in saved["model"].items() if mine["model"].get(k) != v]

@@ -1,14 +1,15 @@
 """What a training run is told: the dataclass behind `gnnmd train` and its sections."""
 
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from gnnmd.data.datamodule import DataConfig
 from gnnmd.models.build import ModelConfig
 from gnnmd.models.escn_md import EscnMDConfig
+from gnnmd.parallel.settings import LaunchConfig
 from gnnmd.training.losses import LossConfig
 from gnnmd.training.optim import OptimConfig
+from gnnmd.units import seconds
 
 
 @dataclass
@@ -57,28 +58,49 @@ class TrainerConfig:
 class ParallelConfig:
     """Processes (one per GPU) of a run: gp x dp of them.
 
-    Under torchrun or srun so many must have been started; without, the run starts them on this machine.
+    Under torchrun or srun, and in a job, so many must have been started; without, the run starts them on this
+    machine.
 
     Attributes:
         gp: ranks that share every structure (graph parallel): memory per rank falls, the result stays the
             same.
         dp: replicas that split the structures (data parallel). A step takes a batch of ``data.max_frames``
-            from each.
+            from each. None is as many as there are processes for, without any of them one.
     """
 
     gp: int = 1
-    dp: int = 1
+    dp: int | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name in ("gp", "dp"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
     @property
     def processes(self) -> int:
-        """Number of processes."""
-        return self.gp * self.dp
+        """Number of processes, of one replica if dp is open."""
+        return self.gp * (self.dp or 1)
+
+    def over(self, processes: int, started: str) -> "ParallelConfig":
+        """Return the division of so many processes, with dp as a number.
+
+        Args:
+            processes: how many there are.
+            started: says so in the message.
+
+        Raises:
+            ValueError: gp x dp is another number.
+        """
+        dp = max(1, processes // self.gp) if self.dp is None else self.dp
+        if self.gp * dp != processes:
+            divisors = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
+            raise ValueError(
+                f"parallel.gp={self.gp} x parallel.dp={dp} needs {self.gp * dp} processes, but {started}. "
+                f"Set gp to a divisor ({divisors}) and leave dp out, or start {self.gp * dp}"
+            )
+        return replace(self, dp=dp)
 
 
 @dataclass
@@ -147,6 +169,7 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
         """Check what concerns several sections."""
@@ -159,14 +182,3 @@ class TrainConfig:
                 "finetune.freeze_backbone=true leaves random weights as they are: set init_from to the model "
                 "to start from"
             )
-
-
-def seconds(duration: str) -> int:
-    """Return the seconds of "[days:]hours:minutes:seconds"."""
-    parts = re.fullmatch(r"(?:(\d+):)?(\d+):(\d+):(\d+)", duration.strip())
-    if parts is None:
-        raise ValueError(
-            f"{duration!r} is not a time; write [days:]hours:minutes:seconds, for example 02:30:00"
-        )
-    days, hours, minutes, rest = (int(p or 0) for p in parts.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + rest

@@ -58,6 +58,10 @@ def end_the_job(trainer):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def warn_of_the_end(trainer):
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
 def weights(path):
     potential, _ = load_checkpoint(path)
     return torch.cat([w.double().flatten() for w in potential.state_dict().values()])
@@ -104,6 +108,23 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_last_digit(config, s
     assert torch.equal(weights(resumed / BEST), weights(whole / BEST))
 
 
+def test_a_job_that_starts_again_goes_on_in_its_folder(config, tmp_path):
+    whole, mine = train(config).folder, tmp_path / "mine"
+    train(config, folder=mine, callbacks=[AtStep(7, ask_to_stop)])
+    assert train(config, folder=mine).folder == mine
+    np.testing.assert_array_equal(columns(mine, *CURVES), columns(whole, *CURVES))
+    done = weights(mine / LAST)
+    assert train(config, folder=mine).folder == mine  # once more after its end
+    assert torch.equal(weights(mine / LAST), done)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(config):
+    with pytest.raises(
+        ValueError, match=r"cannot write to /proc/runs/.*\(/proc: .*choose another place with runs="
+    ):
+        train(replace(config, runs="/proc/runs"))
+
+
 def test_dropout_goes_on_with_the_same_random_numbers(config):
     config.model = replace(config.model, experts=ExpertsConfig(count=2, dropout=0.5))
     whole = train(config).folder
@@ -113,7 +134,7 @@ def test_dropout_goes_on_with_the_same_random_numbers(config):
     assert torch.equal(weights(resumed / LAST), weights(whole / LAST))
 
 
-@pytest.mark.parametrize("action", [interrupt, press_ctrl_c, end_the_job])
+@pytest.mark.parametrize("action", [interrupt, press_ctrl_c, end_the_job, warn_of_the_end])
 def test_ctrl_c_keeps_what_it_has_and_can_be_resumed(config, action, console):
     whole = train(config).folder
     handler = signal.getsignal(signal.SIGINT)
@@ -388,3 +409,14 @@ def test_another_number_of_processes_than_was_started_is_refused(config, monkeyp
         train(replace(config, parallel=ParallelConfig(gp=3)))
     with pytest.raises(ValueError, match="gp must be at least 1, got 0"):
         ParallelConfig(gp=0)
+
+
+def test_replicas_are_as_many_as_there_are_processes_for():
+    assert ParallelConfig(gp=2).over(8, "") == ParallelConfig(gp=2, dp=4)
+    assert ParallelConfig(gp=2, dp=4).over(8, "") == ParallelConfig(gp=2, dp=4)
+    with pytest.raises(
+        ValueError, match=r"gp=3 x parallel.dp=2 needs 6 processes, but 8 came.*\(1, 2, 4, 8\)"
+    ):
+        ParallelConfig(gp=3).over(8, "8 came")
+    with pytest.raises(ValueError, match=r"dp=2 needs 4 processes, but 8 came.*or start 4"):
+        ParallelConfig(gp=2, dp=2).over(8, "8 came")
