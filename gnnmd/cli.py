@@ -47,6 +47,8 @@ Train a potential. Without arguments: the default model on the built-in silver s
   gnnmd train init_from=best.safetensors optim=finetune data=extxyz data.train=mine.xyz
   gnnmd train runs/2026-01-31_12-00-00-silver/config.yaml   the same run again
   gnnmd train parallel.gp=4                                 4 GPUs share every structure (dp=4: split them)
+  gnnmd train launch=slurm launch.nodes=4 launch.gpus_per_node=8 launch.partition=gpu parallel.gp=8
+  gnnmd train -m optim.lr=1e-3,3e-3 seed=0,1                all four, one after the other (or launch=slurm)
   gnnmd train heads=direct name=pre                         cheap pre-training; then: init_from=runs/...-pre
 """
 
@@ -58,6 +60,7 @@ Run molecular dynamics. Without arguments: 256 silver atoms at constant energy w
   gnnmd md structure=Ag repeat=[6,6,6] timestep=2 trajectory=run.extxyz
   gnnmd md structure=big.xyz workers=4 trajectory=run.zarr   shared by four GPUs (or: srun -n 4 gnnmd md ...)
   gnnmd md steps=40000 resume=true                         go on from restart=md.restart
+  gnnmd md -m temperature=300,600 launch=slurm             two jobs of a cluster
 """
 
 
@@ -97,24 +100,22 @@ def train(arguments: Sequence[str]) -> int:
 
         print(f"{TRAIN_HELP}\n{describe([a for a in arguments if a not in ('-h', '--help')])}")
         return 0
-    from gnnmd.config import load_config
+    from gnnmd.launch import start
 
-    config = load_config(arguments)
-    from gnnmd.training.run import train as run  # Lightning takes seconds to import: not before the check
-
-    return 130 if run(config).interrupted else 0
+    return start("train", arguments)
 
 
 def md(arguments: Sequence[str]) -> int:
     """Run molecular dynamics."""
-    from gnnmd.config import describe_keys, load_values
-    from gnnmd.md.run import md as run
-    from gnnmd.md.settings import MDConfig
-
     if {"-h", "--help"} & set(arguments):
+        from gnnmd.config import describe_keys
+        from gnnmd.md.settings import MDConfig
+
         print(f"{MD_HELP}\n{describe_keys(MDConfig())}")
         return 0
-    return run(load_values(MDConfig, arguments))
+    from gnnmd.launch import start
+
+    return start("md", arguments)
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
