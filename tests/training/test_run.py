@@ -118,6 +118,15 @@ def test_a_job_that_starts_again_goes_on_in_its_folder(config, tmp_path):
     assert torch.equal(weights(mine / LAST), done)
 
 
+def test_a_job_that_continues_from_a_checkpoint_can_start_again(config, tmp_path):
+    source, mine = train(config).folder, tmp_path / "mine"
+    other = replace(config, init_from=str(source), model=replace(config.model, channels=8))
+    train(other, folder=mine, callbacks=[AtStep(7, ask_to_stop)])
+    whole = train(other).folder
+    train(other, folder=mine)
+    np.testing.assert_array_equal(columns(mine, *CURVES), columns(whole, *CURVES))
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(config):
     with pytest.raises(
         ValueError, match=r"cannot write to /proc/runs/.*\(/proc: .*choose another place with runs="
