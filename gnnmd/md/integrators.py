@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gnnmd.md import random
-from gnnmd.md.engine import Engine
+from gnnmd.md.engine import Engine, Limits
 from gnnmd.md.state import State
 from gnnmd.units import BOLTZMANN, FEMTOSECOND
 
@@ -60,6 +60,8 @@ class Integrator:
     needs_stress = False
     #: Whether the cell may change from step to step.
     changes_cell = False
+    #: What stops a simulation that was given no limits.
+    limits = Limits()
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -73,7 +75,7 @@ class Integrator:
 
     def freedom(self, engine: Engine) -> int:
         """Return the number of degrees of freedom that hold kinetic energy."""
-        conserved = 3 if self.conserves_momentum and engine.n_mobile == engine.n_atoms > 1 else 0
+        conserved = 3 if self.conserves_momentum and _can_drift(engine) else 0
         return 3 * engine.n_mobile - conserved
 
     def start_temperature(self) -> float | None:
@@ -105,6 +107,17 @@ def kinetic_stress(s: State, engine: Engine) -> Tensor:
     """Return ``[3, 3]`` -sum m v v / V of all atoms, eV/A^3. Collective."""
     momentum = s.masses[:, None] * s.velocities
     return -engine.total(momentum[:, :, None] * s.velocities[:, None]) / s.volume
+
+
+def remove_drift(s: State, engine: Engine) -> None:
+    """Stop the motion of the centre of mass, unless atoms are held fixed. Collective."""
+    if _can_drift(engine):
+        momentum = engine.total(s.masses[:, None] * s.velocities)
+        s.velocities.sub_(momentum / engine.total(s.masses))
+
+
+def _can_drift(engine: Engine) -> bool:
+    return engine.n_mobile == engine.n_atoms > 1
 
 
 def kick(s: State, dt: float) -> None:

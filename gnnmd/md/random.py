@@ -5,9 +5,12 @@ trajectory is the same on any number of ranks, after any migration, and when ste
 """
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+_Word = TypeVar("_Word", int, Tensor)
 
 #: What numbers are used for; no two uses share numbers.
 VELOCITIES, LANGEVIN, THERMOSTAT, BAROSTAT = range(4)
@@ -15,19 +18,17 @@ VELOCITIES, LANGEVIN, THERMOSTAT, BAROSTAT = range(4)
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-#: Candidates of which a gamma variate takes the first good one: all are bad once in 1e20 times.
-_TRIES = 16
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
+def philox(counter: tuple[_Word, _Word, _Word, _Word], seed: int) -> tuple[_Word, ...]:
     """Return four random 32-bit words per counter (Philox 4x32-10, Salmon et al., SC'11).
 
     Args:
-        counter: four int64 tensors of the same shape with values below 2^32.
+        counter: four int64 tensors of the same shape with values below 2^32, or four such numbers.
         seed: 64 bits, the key.
 
     Returns:
-        Four int64 tensors with values below 2^32.
+        The like, below 2^32.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK, seed >> 32 & _MASK
@@ -38,7 +39,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return c0, c1, c2, c3
 
 
-def _multiply(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
+def _multiply(x: _Word, m: int) -> tuple[_Word, _Word]:
     """Return the high and low words of a 32-bit product; int64 wraps as uint64 does."""
     product = x * m
     return product >> 32 & _MASK, product & _MASK
@@ -60,21 +61,47 @@ def normals(seed: int, step: int, stream: int, ids: Tensor) -> Tensor:
     return torch.stack((r * torch.cos(a), r * torch.sin(a), s * torch.cos(b), s * torch.sin(b)), 1)
 
 
-def gamma(seed: int, step: int, stream: int, shape: float, device: torch.device) -> Tensor:
-    """Return one gamma variate of unit scale and ``shape`` >= 1; never waits for the device.
+class Numbers:
+    """Random numbers for what is the same on every rank (a thermostat), drawn on the host one by one.
 
-    Marsaglia and Tsang, ACM Trans. Math. Softw. 26 (2000) 363. Half the sum of k squared standard normals is
-    a gamma variate of shape k/2.
+    Whoever makes them for the same purpose draws the same; a device would need 150 kernels for each.
 
-    Raises:
-        ValueError: shape < 1.
+    Args:
+        seed: the key.
+        step: of the simulation.
+        stream: what they are for.
     """
-    if shape < 1:
-        raise ValueError(f"gamma variates are drawn for shapes of at least 1, got {shape}")
-    ids = torch.arange(_TRIES, device=device)
-    x = normals(seed, step, stream, ids)[:, 0]
-    u = uniforms(seed, step, stream, ids + _TRIES)[0]
-    d = shape - 1 / 3
-    v = (1 + x / math.sqrt(9 * d)) ** 3
-    good = (v > 0) & (torch.log(u) < 0.5 * x**2 + d - d * v + d * torch.log(v.clamp(min=1e-300)))
-    return d * v[torch.argmax(good.to(torch.int8))]
+
+    def __init__(self, seed: int, step: int, stream: int) -> None:
+        self._seed, self._step, self._high = seed, step & _MASK, (step >> 32 & 0xFFFFFF) << 8 | stream
+        self._drawn = 0
+
+    def uniforms(self) -> tuple[float, ...]:
+        """Return four numbers in (0, 1)."""
+        self._drawn += 1
+        words = philox((self._drawn, 0, self._step, self._high), self._seed)
+        return tuple((w + 0.5) * 2.0**-32 for w in words)
+
+    def normals(self) -> tuple[float, float]:
+        """Return two standard normal numbers (Box and Muller)."""
+        u = self.uniforms()
+        r, a = math.sqrt(-2 * math.log(u[0])), 2 * math.pi * u[1]
+        return r * math.cos(a), r * math.sin(a)
+
+    def gamma(self, shape: float) -> float:
+        """Return a gamma variate of unit scale and ``shape`` >= 1.
+
+        Marsaglia and Tsang, ACM Trans. Math. Softw. 26 (2000) 363. Half the sum of k squared standard normals
+        is a gamma variate of shape k/2.
+
+        Raises:
+            ValueError: shape < 1.
+        """
+        if shape < 1:
+            raise ValueError(f"gamma variates are drawn for shapes of at least 1, got {shape}")
+        d = shape - 1 / 3
+        while True:
+            x, u = self.normals()[0], self.uniforms()[0]
+            v = (1 + x / math.sqrt(9 * d)) ** 3
+            if v > 0 and math.log(u) < 0.5 * x**2 + d - d * v + d * math.log(v):
+                return d * v

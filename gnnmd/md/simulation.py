@@ -51,7 +51,7 @@ class Simulation:
         seed: of all random numbers.
         skin: how much farther than the cutoff neighbours are listed, Angstrom; None finds the fastest in the
             first steps. Results are the same to rounding; to the last bit they repeat only with a number.
-        limits: what stops the run; None are generous ones.
+        limits: what stops the run; None are generous ones (of a minimisation: none).
         partition: how atoms are divided over ranks, see `build_plan`.
 
     Attributes:
@@ -89,7 +89,7 @@ class Simulation:
             reporters=self.reporters,
             skin=skin,
             seed=seed,
-            limits=limits or Limits(),
+            limits=limits or integrator.limits,
             partition=partition,
         )
         self.step, self.counters = 0, Counters()
