@@ -1,7 +1,7 @@
 """Constant pressure: stochastic cell rescaling, and the equations of Martyna, Tobias and Klein.
 
 Row vectors: a strain e takes positions x to x exp(e) and the cell h to h exp(e). Strains and their rates are
-symmetric, so cells do not turn. Isotropic and anisotropic cells follow the same equations, projected.
+symmetric, and what they add up to is kept so: cells do not turn. Isotropic and anisotropic cells follow the same equations, projected.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from gnnmd.md import random
-from gnnmd.md.cells import WAYS, check_can_change, check_way, deform, exponential, identity, project
+from gnnmd.md.cells import (
+    WAYS,
+    check_can_change,
+    check_way,
+    deform,
+    exponential,
+    identity,
+    project,
+    turn_back,
+)
 from gnnmd.md.engine import Engine
 from gnnmd.md.integrators import Ramp, drift, kick, value_at
 from gnnmd.md.state import State
@@ -55,6 +64,7 @@ class Barostatted(Thermostatted):
         check_can_change(s, engine, type(self).__name__)
         super().begin(s, engine)
         s.variables["work"] = torch.zeros_like(s.energy)
+        s.variables["first cell"] = s.cell.clone()
 
     def wanted(self, s: State) -> float:
         """Return the pressure of the bath at the current step, eV/A^3."""
@@ -103,6 +113,8 @@ class StochasticCell(Barostatted):
         drift(s, 0.5 * self.dt)
         deform(s, strain)
         s.velocities = s.velocities @ exponential(-strain)
+        if self.cell == "flexible":
+            turn_back(s)
         drift(s, 0.5 * self.dt)
         s.step += 1
         engine.evaluate(s, stress=True)
@@ -134,8 +146,8 @@ class MTK(Barostatted):
     """Constant pressure and temperature, deterministic: Martyna, Tobias and Klein with Nose-Hoover chains.
 
     Equations: J. Chem. Phys. 101 (1994) 4177; integrated by the factorisation of Tuckerman, Alejandre,
-    Lopez-Rendon, Jochim and Martyna, J. Phys. A 39 (2006) 5629. The cell has the mass (f + 3) kT tau^2 / 3 per
-    strain and a chain of its own; it oscillates.
+    Lopez-Rendon, Jochim and Martyna, J. Phys. A 39 (2006) 5629. The cell has the mass (f + 3) kT tau^2 / 3
+    per strain and a chain of its own; it oscillates.
 
     Attributes:
         timestep: fs.
@@ -171,6 +183,8 @@ class MTK(Barostatted):
         half = exponential(rate * (0.5 * self.dt))
         s.positions = (s.positions @ half + s.velocities * self.dt) @ half
         s.cell = s.cell @ half @ half
+        if self.cell == "flexible":
+            turn_back(s)
         known["work"] += self.wanted(s) * (s.volume - before)
         s.step += 1
         engine.evaluate(s, stress=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gnnmd.md.cells import check_can_change, check_way, deform, identity, project
+from gnnmd.md.cells import check_can_change, check_way, deform, identity, project, turn_back
 from gnnmd.md.engine import Engine, Limits
 from gnnmd.md.integrators import Integrator
 from gnnmd.md.state import State
@@ -92,6 +92,7 @@ class FIRE(Integrator):
             # by which a strain becomes a length: the root of N times the spacing of atoms
             reach=engine.n_atoms ** (1 / 6) * s.volume ** (1 / 3),
         )
+        s.variables["first cell"] = s.cell.clone()
         s.variables["strain rate"] = torch.zeros_like(s.cell)
 
     def step(self, s: State, engine: Engine) -> None:
@@ -126,6 +127,8 @@ class FIRE(Integrator):
         s.positions.add_(s.velocities * dt)
         if self.cell is not None:
             deform(s, known["strain rate"] * dt)
+        if self.cell == "flexible":
+            turn_back(s)
         s.step += 1
         engine.evaluate(s, stress=self.cell is not None)
 

@@ -18,7 +18,7 @@ CELLS = pytest.mark.parametrize("cell", ["isotropic", "anisotropic", "flexible"]
 def test_what_is_conserved_stays_while_the_cell_changes(ensemble, cell):
     kept, _ = record(silver(a=4.0), ensemble(**OPTIONS, cell=cell), 240, interval=6)
     assert np.ptp(kept["volume"]) > 0.02 * kept["volume"][0]
-    assert kept["conserved"][2:].std() < 0.04 * kept["total_energy"][2:].std()
+    assert kept["conserved"][2:].std() < 0.1 * kept["total_energy"][2:].std()
 
 
 @NPT
@@ -58,9 +58,10 @@ def test_shear_relaxes_only_in_flexible_cells_and_these_do_not_turn(ensemble):
         kept, simulation = record(atoms, ensemble(**OPTIONS, cell=cell), 400, warm_up=200, interval=5)
         lattice = kept["cell"].mean(0)
         shear = (lattice[0] @ lattice[1]) / (np.linalg.norm(lattice[0]) * np.linalg.norm(lattice[1]))
-        assert (abs(shear) < 0.02) == (cell == "flexible")
+        assert (abs(shear) < 0.04) == (cell == "flexible")
         change = np.linalg.inv(atoms.cell.array) @ simulation.atoms.cell.array
-        assert np.abs(change - change.T).max() < 5e-3
+        assert np.abs(change - change.T).max() < 1e-12
+        assert np.abs(change - np.eye(3)).max() > 5e-3
 
 
 def test_what_cannot_change_its_cell_is_refused():
@@ -90,10 +91,10 @@ def test_what_cannot_change_its_cell_is_refused():
 @NPT
 @CELLS
 def test_volumes_have_their_mean_width_and_ratio_at_two_pressures(ensemble, cell):
-    volumes = []
-    for pressure in (0.0, 0.5):
+    volumes, moduli, means = [], [], []
+    for pressure in (0.0, 1.5):
         run = ensemble(**OPTIONS, pressure=pressure, cell=cell)
-        kept, _ = record(silver(), run, 12_000, warm_up=500, interval=5, needs_stress=True)
+        kept, _ = record(silver(), run, 10_000, warm_up=500, interval=5, needs_stress=True)
         mean, error = mean_and_error(kept["pressure"])
         v = kept["volume"]
         kappa = v.var() / (BOLTZMANN * 300 * v.mean()) / GPA_PER_EV_A3
@@ -102,8 +103,13 @@ def test_volumes_have_their_mean_width_and_ratio_at_two_pressures(ensemble, cell
               f"<V>/N {v.mean() / 32:.4f} +- {mean_and_error(v)[1] / 32:.4f}, "
               f"1/kappa {1 / kappa:.1f} GPa, {len(v) / tau:.0f} samples")  # fmt: skip
         assert abs(mean - pressure) < 3 * error
+        moduli.append(1 / kappa)
+        means.append(v.mean())
         volumes.append(v[:: int(2 * tau) + 1])
     slope, error = log_ratio_slope(*volumes)
-    expected = -0.5 / GPA_PER_EV_A3 / (BOLTZMANN * 300)
+    expected = -1.5 / GPA_PER_EV_A3 / (BOLTZMANN * 300)
     print(f"slope {slope:.4f} +- {error:.4f} 1/A^3, expected {expected:.4f}")
     assert abs(slope - expected) < 3 * error
+    modulus = 1.5 / math.log(means[0] / means[1])
+    print(f"bulk modulus from the means {modulus:.1f} GPa, from fluctuations {np.mean(moduli):.1f} GPa")
+    assert np.mean(moduli) == pytest.approx(modulus, rel=0.15)
