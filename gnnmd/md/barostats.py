@@ -1,7 +1,8 @@
 """Constant pressure: stochastic cell rescaling, and the equations of Martyna, Tobias and Klein.
 
 Row vectors: a strain e takes positions x to x exp(e) and the cell h to h exp(e). Strains and their rates are
-symmetric, and what they add up to is kept so: cells do not turn. Isotropic and anisotropic cells follow the same equations, projected.
+symmetric, and what they add up to is kept so: cells do not turn. Isotropic and anisotropic cells follow the
+same equations, projected.
 """
 
 from dataclasses import dataclass
