@@ -1,12 +1,16 @@
 """Molecular dynamics of one system that lives on the ranks which own its atoms."""
 
+from gnnmd.md.barostats import MTK, StochasticCell
 from gnnmd.md.engine import Counters, Limits, SimulationError
 from gnnmd.md.integrators import NVE, Integrator, Langevin, Ramp
+from gnnmd.md.minimize import FIRE
 from gnnmd.md.reporters import Reporter, View
 from gnnmd.md.simulation import Simulation
 from gnnmd.md.thermostats import Bussi, NoseHoover
 
 __all__ = [
+    "FIRE",
+    "MTK",
     "NVE",
     "Bussi",
     "Counters",
@@ -18,5 +22,6 @@ __all__ = [
     "Reporter",
     "Simulation",
     "SimulationError",
+    "StochasticCell",
     "View",
 ]

@@ -310,7 +310,8 @@ class Engine:
         if not self._changes_cell:
             moved, allowed = s.positions - plan.positions, max(plan.skin, 1e-12)
             return 2 * _longest(moved) / allowed
-        inverse, identity = torch.linalg.inv_ex(s.cell)[0], torch.eye(3).to(s.cell)
+        inverse = torch.linalg.inv_ex(s.cell)[0]
+        identity = torch.eye(3, dtype=inverse.dtype, device=inverse.device)
         before = plan.graph.cell[0]
         shrink = 1 + torch.linalg.vector_norm(inverse @ before - identity)
         moved = s.positions - plan.positions @ torch.linalg.inv_ex(before)[0] @ s.cell

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gnnmd.md import random
-from gnnmd.md.engine import Engine
+from gnnmd.md.engine import Engine, Limits
 from gnnmd.md.state import State
 from gnnmd.units import BOLTZMANN, FEMTOSECOND
 
@@ -60,6 +60,8 @@ class Integrator:
     needs_stress = False
     #: Whether the cell may change from step to step.
     changes_cell = False
+    #: What stops a simulation that was given no limits.
+    limits = Limits()
 
     def __post_init__(self) -> None:
         """Check the values."""

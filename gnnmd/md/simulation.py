@@ -52,7 +52,7 @@ class Simulation:
         seed: of all random numbers.
         skin: how much farther than the cutoff neighbours are listed, Angstrom; None finds the fastest in the
             first steps. Results are the same to rounding; to the last bit they repeat only with a number.
-        limits: what stops the run; None are generous ones.
+        limits: what stops the run; None are generous ones (of a minimisation: none).
         partition: how atoms are divided over ranks, see `build_plan`.
         evaluation: "compact", "standing" or "captured", see `gnnmd.md.engine.EVALUATIONS`; None chooses.
         restart: folder in which restarts are written, every so many steps and at the end of every run, from
@@ -97,7 +97,7 @@ class Simulation:
             reporters=tuple(reporters),
             skin=skin,
             seed=seed,
-            limits=limits or Limits(),
+            limits=limits or integrator.limits,
             partition=partition,
             evaluation=evaluation,
             restart=None if restart is None else Path(restart).absolute(),

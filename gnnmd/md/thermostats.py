@@ -77,8 +77,8 @@ class Thermostatted(Integrator):
 class Bussi(Thermostatted):
     """Constant temperature: stochastic velocity rescaling.
 
-    Bussi, Donadio and Parrinello, J. Chem. Phys. 126 (2007) 014101, eq. A7. Samples
-    the canonical ensemble and disturbs the dynamics of single atoms little.
+    Bussi, Donadio and Parrinello, J. Chem. Phys. 126 (2007) 014101, eq. A7. Samples the canonical ensemble
+    and disturbs the dynamics of single atoms little.
 
     Attributes:
         timestep: fs.

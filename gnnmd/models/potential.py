@@ -139,6 +139,11 @@ class Potential(Float64Buffers):
         """Cutoff of the neighbour list, Angstrom."""
         return self.backbone.r_cut
 
+    @property
+    def has_stress(self) -> bool:
+        """Whether it gives the stress of periodic systems."""
+        return "forces" not in self.heads or "stress" in self.heads
+
     def graph(
         self, batch: AtomBatch, neighbors: NeighborList | None = None, *, backend: str = "auto"
     ) -> AtomGraph:

@@ -1,0 +1,115 @@
+import math
+
+import numpy as np
+import pytest
+from ase.constraints import FixAtoms
+
+from gnnmd.md import MTK, Ramp, Simulation, StochasticCell
+from gnnmd.units import BOLTZMANN, GPA_PER_EV_A3
+from tests.md.sampling import correlation_time, log_ratio_slope, mean_and_error, record, silver, unit
+
+OPTIONS = {"timestep": 5, "temperature": 300, "time_constant": 50, "pressure_time_constant": 200}
+NPT = pytest.mark.parametrize("ensemble", [StochasticCell, MTK])
+CELLS = pytest.mark.parametrize("cell", ["isotropic", "anisotropic", "flexible"])
+
+
+@NPT
+@CELLS
+def test_what_is_conserved_stays_while_the_cell_changes(ensemble, cell):
+    kept, _ = record(silver(a=4.0), ensemble(**OPTIONS, cell=cell), 240, interval=6)
+    assert np.ptp(kept["volume"]) > 0.02 * kept["volume"][0]
+    assert kept["conserved"][2:].std() < 0.1 * kept["total_energy"][2:].std()
+
+
+@NPT
+def test_energy_errors_of_npt_fall_with_the_time_step(ensemble):
+    rms = []
+    for timestep in (2.0, 6.0):
+        run = ensemble(**{**OPTIONS, "timestep": timestep}, cell="flexible")
+        kept, _ = record(silver(a=4.0), run, round(900 / timestep), interval=3)
+        rms.append(kept["conserved"][5:].std())
+    assert rms[1] > 3 * rms[0]
+
+
+@NPT
+def test_pressure_is_the_one_that_is_asked_for(ensemble):
+    run = ensemble(**OPTIONS, pressure=3.0)
+    kept, _ = record(silver(a=4.02), run, 1000, warm_up=200, interval=5, needs_stress=True)
+    mean, error = mean_and_error(kept["pressure"], blocks=10)
+    assert abs(mean - 3) < 3 * error
+    assert error < 0.5
+
+
+@NPT
+def test_ramps_of_pressure_are_followed_and_the_account_of_energy_holds(ensemble):
+    run = ensemble(**OPTIONS, pressure=Ramp(0, 10, 200))
+    kept, _ = record(silver(), run, 400, interval=5)
+    assert kept["volume"][-20:].mean() / kept["volume"][:5].mean() == pytest.approx(0.925, abs=0.02)
+    assert np.abs(kept["conserved"] - kept["conserved"][0]).max() < 0.01 * np.ptp(kept["total_energy"])
+
+
+@NPT
+def test_shear_relaxes_only_in_flexible_cells_and_these_do_not_turn(ensemble):
+    atoms = silver()
+    strain = np.zeros((3, 3))
+    strain[0, 1] = strain[1, 0] = 0.03
+    atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+    for cell in ("flexible", "anisotropic"):
+        kept, simulation = record(atoms, ensemble(**OPTIONS, cell=cell), 400, warm_up=200, interval=5)
+        lattice = kept["cell"].mean(0)
+        shear = (lattice[0] @ lattice[1]) / (np.linalg.norm(lattice[0]) * np.linalg.norm(lattice[1]))
+        assert (abs(shear) < 0.04) == (cell == "flexible")
+        change = np.linalg.inv(atoms.cell.array) @ simulation.atoms.cell.array
+        assert np.abs(change - change.T).max() < 1e-12
+        assert np.abs(change - np.eye(3)).max() > 5e-3
+
+
+def test_what_cannot_change_its_cell_is_refused():
+    with pytest.raises(ValueError, match="'triclinic' is not known"):
+        MTK(cell="triclinic")
+    with pytest.raises(ValueError, match="pressure_time_constant"):
+        MTK(pressure_time_constant=0)
+    with pytest.raises(ValueError, match="compressibility"):
+        StochasticCell(compressibility=0)
+    with pytest.raises(ValueError, match="finite number"):
+        StochasticCell(pressure=math.nan)
+    slab = silver()
+    slab.pbc = (True, True, False)
+    with pytest.raises(ValueError, match="must be periodic"):
+        Simulation(slab, unit(), StochasticCell(**OPTIONS))
+    held = silver()
+    held.set_constraint(FixAtoms([0]))
+    with pytest.raises(ValueError, match="held fixed"):
+        Simulation(held, unit(), MTK(**OPTIONS))
+    without = unit()
+    without.potential.heads["forces"] = without.potential.heads["energy"]
+    with pytest.raises(ValueError, match="stress"):
+        Simulation(silver(), without, MTK(**OPTIONS))
+
+
+@pytest.mark.slow
+@NPT
+@CELLS
+def test_volumes_have_their_mean_width_and_ratio_at_two_pressures(ensemble, cell):
+    volumes, moduli, means = [], [], []
+    for pressure in (0.0, 1.5):
+        run = ensemble(**OPTIONS, pressure=pressure, cell=cell)
+        kept, _ = record(silver(), run, 10_000, warm_up=500, interval=5, needs_stress=True)
+        mean, error = mean_and_error(kept["pressure"])
+        v = kept["volume"]
+        kappa = v.var() / (BOLTZMANN * 300 * v.mean()) / GPA_PER_EV_A3
+        tau = correlation_time(v)
+        print(f"{ensemble.__name__} {cell} {pressure} GPa: <P> {mean:.4f} +- {error:.4f}, "
+              f"<V>/N {v.mean() / 32:.4f} +- {mean_and_error(v)[1] / 32:.4f}, "
+              f"1/kappa {1 / kappa:.1f} GPa, {len(v) / tau:.0f} samples")  # fmt: skip
+        assert abs(mean - pressure) < 3 * error
+        moduli.append(1 / kappa)
+        means.append(v.mean())
+        volumes.append(v[:: int(2 * tau) + 1])
+    slope, error = log_ratio_slope(*volumes)
+    expected = -1.5 / GPA_PER_EV_A3 / (BOLTZMANN * 300)
+    print(f"slope {slope:.4f} +- {error:.4f} 1/A^3, expected {expected:.4f}")
+    assert abs(slope - expected) < 3 * error
+    modulus = 1.5 / math.log(means[0] / means[1])
+    print(f"bulk modulus from the means {modulus:.1f} GPa, from fluctuations {np.mean(moduli):.1f} GPa")
+    assert np.mean(moduli) == pytest.approx(modulus, rel=0.15)
