@@ -103,7 +103,7 @@ def _new(config: MDConfig, unit: PredictUnit, reporters: list[Reporter]) -> Simu
         unit,
         config.integrator(),
         reporters=reporters,
-        temperature=config.temperature,
+        temperature=0.0 if config.ensemble == "minimize" else config.temperature,
         seed=config.seed,
         skin=config.skin,
         limits=_limits(config),
@@ -126,7 +126,9 @@ def _resumed(config: MDConfig, unit: PredictUnit, reporters: list[Reporter]) -> 
     )
 
 
-def _limits(config: MDConfig) -> Limits:
+def _limits(config: MDConfig) -> Limits | None:
+    if config.ensemble == "minimize":
+        return None
     hottest = max(10 * config.temperature, 5000.0)
     return Limits(temperature=hottest if config.max_temperature is None else config.max_temperature)
 

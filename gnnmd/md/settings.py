@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from gnnmd.md.barostats import MTK, StochasticCell
 from gnnmd.md.integrators import NVE, Integrator, Langevin, Ramp
+from gnnmd.md.minimize import FIRE
 from gnnmd.md.thermostats import Bussi, NoseHoover
 from gnnmd.parallel.settings import LaunchConfig
 
@@ -16,14 +18,22 @@ class MDConfig:
         model: checkpoint file, or the name of one that comes with the package.
         structure: file that ASE reads (its last frame), or the symbol of an element for its cubic crystal.
         repeat: copies along each lattice vector; None is 4 4 4 for a symbol and 1 1 1 for a file.
-        ensemble: "nve" (constant energy), "nvt" (constant temperature).
+        ensemble: "nve" (constant energy), "nvt" (constant temperature), "npt" (constant temperature and
+            pressure), or "minimize" (FIRE).
         thermostat: of nvt.
+        barostat: of npt: stochastic cell rescaling with the bussi thermostat, or Martyna-Tobias-Klein.
+        cell: how the cell may change, of npt and minimize; None is "isotropic" for npt and keeps the cell of
+            minimize.
         temperature: K; of the bath, and of the first velocities unless the structure has some.
         final_temperature: K, which the bath reaches at the last step; None keeps ``temperature``.
-        timestep: fs.
+        pressure: GPa, positive = compression, of npt and minimize.
+        final_pressure: GPa, which the barostat reaches at the last step; None keeps ``pressure``.
+        timestep: fs; minimize takes its own.
         steps: number of the last step; a resumed run goes on to it.
         friction: 1/fs, of the Langevin bath.
-        time_constant: fs, in which the bussi and nose_hoover baths act.
+        time_constant: fs, in which the bussi, nose_hoover and npt baths act.
+        pressure_time_constant: fs, of npt.
+        max_force: eV/A, at which minimize is done.
         seed: of the first velocities and all noise.
         device: "cpu", "cuda", "cuda:1", ...; None takes a GPU if there is one.
         workers: GPUs (or processes, on the CPU) that share the atoms; None is one, or all processes that
@@ -48,14 +58,20 @@ class MDConfig:
     model: str = "silver"
     structure: str = "Ag"
     repeat: tuple[int, int, int] | None = None
-    ensemble: Literal["nve", "nvt"] = "nve"
+    ensemble: Literal["nve", "nvt", "npt", "minimize"] = "nve"
     thermostat: Literal["langevin", "bussi", "nose_hoover"] = "langevin"
+    barostat: Literal["stochastic", "mtk"] = "stochastic"
+    cell: str | None = None
     temperature: float = 300.0
     final_temperature: float | None = None
+    pressure: float = 0.0
+    final_pressure: float | None = None
     timestep: float = 5.0
     steps: int = 1000
     friction: float = 0.01
     time_constant: float = 100.0
+    pressure_time_constant: float = 1000.0
+    max_force: float = 0.01
     seed: int = 0
     device: str | None = None
     workers: int | None = None
@@ -97,7 +113,19 @@ class MDConfig:
         """
         if self.ensemble == "nve":
             return NVE(timestep=self.timestep)
+        if self.ensemble == "minimize":
+            return FIRE(max_force=self.max_force, cell=self.cell, pressure=self.pressure)
         bath = self._ramp(self.temperature, self.final_temperature)
+        if self.ensemble == "npt":
+            at_pressure = {"stochastic": StochasticCell, "mtk": MTK}[self.barostat]
+            return at_pressure(
+                timestep=self.timestep,
+                temperature=bath,
+                time_constant=self.time_constant,
+                pressure=self._ramp(self.pressure, self.final_pressure),
+                pressure_time_constant=self.pressure_time_constant,
+                cell=self.cell or "isotropic",
+            )
         if self.thermostat == "langevin":
             return Langevin(timestep=self.timestep, temperature=bath, friction=self.friction)
         kind = {"bussi": Bussi, "nose_hoover": NoseHoover}[self.thermostat]

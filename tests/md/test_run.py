@@ -128,6 +128,32 @@ def test_workers_write_a_large_trajectory_together() -> None:
     assert_allclose(frames[-1].positions, end.positions, atol=1e-4)
 
 
+@pytest.mark.parametrize("barostat", ["stochastic", "mtk"])
+def test_a_compressed_crystal_expands_at_constant_pressure(barostat: str) -> None:
+    atoms = bulk("Ag", cubic=True) * 3
+    atoms.set_cell(atoms.cell * 0.97, scale_atoms=True)
+    run(
+        ensemble="npt",
+        barostat=barostat,
+        structure=exact(atoms),
+        repeat=None,
+        pressure_time_constant=200.0,
+        steps=60,
+        log_interval=10,
+    )
+    volume = rows()[:, 8]
+    assert volume[-1] > 1.01 * volume[0]
+
+
+def test_minimisation_ends_where_forces_are_small() -> None:
+    atoms = bulk("Ag", cubic=True) * 2
+    atoms.rattle(0.1, seed=0)
+    result = run(ensemble="minimize", structure=exact(atoms), repeat=None, steps=500, max_force=0.02)
+    assert result.code == 0
+    assert result.simulation.step < 500
+    assert np.abs(result.simulation.atoms.get_forces()).max() < 0.02
+
+
 def test_the_bath_follows_a_ramp() -> None:
     result = run(ensemble="nvt", thermostat="bussi", time_constant=10.0, final_temperature=900.0, steps=200)
     table = rows()
