@@ -28,7 +28,20 @@ def test_energy_errors_of_npt_fall_with_the_time_step(ensemble):
         run = ensemble(**{**OPTIONS, "timestep": timestep}, cell="flexible")
         kept, _ = record(silver(a=4.0), run, round(900 / timestep), interval=3)
         rms.append(kept["conserved"][5:].std())
-    assert rms[1] > 3 * rms[0]
+    assert rms[1] > 5 * rms[0]
+
+
+@NPT
+def test_terms_of_the_order_of_one_atom_are_right(ensemble):
+    errors = []
+    for timestep in (1.0, 2.0):
+        run = ensemble(**{**OPTIONS, "timestep": timestep, "temperature": 900})
+        kept, _ = record(silver(1, a=3.95), run, round(240 / timestep), interval=2)
+        errors.append(np.ptp(kept["conserved"]))
+    changes = BOLTZMANN * 900 * np.log(kept["volume"].max() / kept["volume"].min())
+    print(f"conserved {errors} eV, kT ln V {changes} eV")
+    assert errors[0] < 0.35 * errors[1]
+    assert errors[0] < 0.5 * changes
 
 
 @NPT
