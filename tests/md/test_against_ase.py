@@ -3,7 +3,7 @@ import pytest
 from ase import units
 from ase.calculators.emt import EMT
 from ase.md.langevin import Langevin as AseLangevin
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.md.velocitydistribution import thermalize_momenta
 
 from gnnmd.md import Bussi, Simulation
 from tests.md.sampling import mean_and_error, silver, unit
@@ -26,7 +26,7 @@ def theirs():
     atoms = silver()
     atoms.calc = EMT(asap_cutoff=False)
     rng = np.random.default_rng(3)
-    MaxwellBoltzmannDistribution(atoms, temperature_K=TEMPERATURE, rng=rng)
+    thermalize_momenta(atoms, temperature_K=TEMPERATURE, rng=rng)
     dynamics = AseLangevin(
         atoms, 5 * units.fs, temperature_K=TEMPERATURE, friction=0.02 / units.fs, fixcm=False, rng=rng
     )
