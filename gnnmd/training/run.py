@@ -19,7 +19,6 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from rich.console import Console
 
@@ -38,10 +37,12 @@ from gnnmd.predict.checkpoint import (
 )
 from gnnmd.predict.metrics import ErrorMeter, error_table
 from gnnmd.predict.parity_plot import Parity, save_parity_plot
+from gnnmd.runs.record import RunRecord
 from gnnmd.training.callbacks import BEST, LAST, STATE, STOPPING, Checkpoints, Pace, StopBetweenSteps
 from gnnmd.training.finetune import find_source, refit_references, start_from
 from gnnmd.training.history import History, LiveBar
 from gnnmd.training.learning_curve import save_learning_curve
+from gnnmd.training.loggers import close_loggers, make_loggers
 from gnnmd.training.module import SHAPE, PotentialModule, labelled_graph, predict
 from gnnmd.training.settings import TrainConfig, TrainerConfig
 from gnnmd.training.strategy import MeshStrategy, copy_from_first
@@ -123,6 +124,18 @@ def train_on(
     folder: Path | None = None,
 ) -> TrainingResult:
     """Do the part of one process in `train`; all ranks get the same result, the first tells and writes."""
+    with RunRecord() as record:
+        return _train_on(ranks, config, console, callbacks, folder, record)
+
+
+def _train_on(
+    ranks: Ranks,
+    config: TrainConfig,
+    console: Console | None,
+    callbacks: list[Callback] | None,
+    folder: Path | None,
+    record: RunRecord,
+) -> TrainingResult:
     mesh = Mesh.of(ranks, config.parallel.gp)
     quiet = config.trainer.progress == "none"
     console = console or Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True)
@@ -162,6 +175,7 @@ def train_on(
     _describe(console, potential, data.statistics, mesh)
     if ranks.rank == 0:
         _write_config(folder, config, potential)
+        record.start(folder, "train", {"name": config.name, "seed": config.seed})
     console.print(f"{'continuing in' if resumed else 'run folder'} {folder}")
 
     def export(path: Path, model: Potential, summary: dict[str, Any]) -> None:
@@ -188,6 +202,9 @@ def train_on(
         except SystemExit:  # how Lightning ends on KeyboardInterrupt; the callbacks have saved everything
             if not keep.interrupted:
                 raise
+        except BaseException:
+            close_loggers(trainer.loggers, [], failed=True)
+            raise
     checkpoint = folder / ranks.from_first(BEST if (folder / BEST).exists() else LAST)
     split = "val" if data.test_set is None else "test"
     errors: dict[str, float] = {}
@@ -196,6 +213,10 @@ def train_on(
         console.print(f"continue with: gnnmd train resume={folder}")
     else:
         errors = _report(checkpoint, split, data, module, mesh, console)
+    record.finish("interrupted" if stop.interrupted else "finished", split=split, errors=errors)
+    for logger in trainer.loggers:
+        logger.log_metrics({f"{split}/{name}": error for name, error in errors.items()})
+    close_loggers(trainer.loggers, [folder / BEST, folder / LAST])
     return TrainingResult(folder, checkpoint, errors, split, stop.interrupted)
 
 
@@ -422,7 +443,7 @@ def _trainer(config: TrainConfig, folder: Path, mesh: Mesh, callbacks: list[Call
         max_epochs=given.max_epochs,
         check_val_every_n_epoch=given.validate_every,
         callbacks=[*limits, *callbacks],
-        logger=_loggers(config, folder) if mesh.world.rank == 0 else [],
+        logger=make_loggers(config, folder) if mesh.world.rank == 0 else [],
         default_root_dir=folder,
         deterministic=True if given.deterministic else None,
         inference_mode=False,  # forces are derivatives also in validation
@@ -432,28 +453,6 @@ def _trainer(config: TrainConfig, folder: Path, mesh: Mesh, callbacks: list[Call
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-
-
-def _loggers(config: TrainConfig, folder: Path) -> list[Logger]:
-    given = config.logger
-    if given.kind == "tensorboard":
-        from lightning.pytorch.loggers import TensorBoardLogger
-
-        return [TensorBoardLogger(folder, name="", version="tensorboard")]
-    if given.kind == "wandb":
-        from lightning.pytorch.loggers import WandbLogger
-
-        logger = WandbLogger(
-            name=folder.name,
-            id=folder.name,  # a resumed run continues its own curves
-            project=given.project,
-            entity=given.entity,
-            offline=given.offline,
-            save_dir=folder,
-        )
-        logger.log_hyperparams(asdict(config))
-        return [logger]
-    return []
 
 
 def _device(config: TrainerConfig) -> Literal["cuda", "cpu"]:

@@ -71,7 +71,7 @@ def test_a_run_leaves_everything_behind_that_it_promises(config, pictures):
     result = train(config)
     left = {path.name for path in result.folder.iterdir()}
     assert left == {
-        *("config.yaml", "metrics.csv", "errors.json", "parity.png", "learning_curve.png"),
+        *("config.yaml", "run.json", "metrics.csv", "errors.json", "parity.png", "learning_curve.png"),
         *(BEST, LAST, STATE),
     }
     assert result.folder.name.endswith("-test")
