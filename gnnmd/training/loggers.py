@@ -22,8 +22,8 @@ def make_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
             return [TensorBoardLogger(folder, name="", version="tensorboard")]
         except ModuleNotFoundError:
             raise ValueError(
-                "logger=tensorboard needs a package that is not installed: pip install tensorboard, or drop it "
-                "(metrics.csv is always written)"
+                "logger=tensorboard needs a package that is not installed: pip install tensorboard, or "
+                "drop it (metrics.csv is always written)"
             ) from None
     if given.kind == "wandb":
         import wandb

@@ -28,7 +28,7 @@ from gnnmd.training.settings import ParallelConfig
 from tests.training.conftest import columns
 from tests.training.jobs import PressCtrlC, fit
 
-CURVES = ("epoch", "step", "lr", "train", "val")
+CURVES = ("epoch", "step", "lr", "train_", "val_", "grad_norm")  # what no clock or memory enters
 
 
 class AtStep(Callback):
@@ -84,6 +84,17 @@ def test_a_run_leaves_everything_behind_that_it_promises(config, pictures):
     assert errors == result.errors
     assert yaml.safe_load((result.folder / "config.yaml").read_text())["model"]["channels"] == 8
     assert len(columns(result.folder, "epoch")) == 3
+
+
+def test_each_epoch_tells_throughput_gradient_and_memory(config):
+    folder = train(config).folder
+    names = ("seconds", "validation_seconds", "data_seconds", "atoms_per_s", "edges_per_s", "peak_memory_MB")
+    table = {name: columns(folder, name)[:, 0].astype(float) for name in (*names, "grad_norm")}
+    assert all((values > 0).all() for values in table.values())
+    spent = np.diff(table["seconds"], prepend=0.0)
+    atoms = table["atoms_per_s"] * (spent - table["validation_seconds"])
+    np.testing.assert_allclose(atoms, 40, rtol=0.2)  # 10 crystals of 4; the clocks are rounded to ms
+    assert (table["data_seconds"] + table["validation_seconds"] < spent).all()
 
 
 def test_two_frames_are_learnt_by_heart(config, frames):
