@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from ase.data import chemical_symbols
@@ -97,6 +98,17 @@ class ErrorMeter:
         self.sums[name] = self.sums[name] + row if name in self.sums else row
 
 
+def only_dataset(labels: AtomBatch, name: str) -> AtomBatch:
+    """Return labels of which those of other data sets than ``name`` are missing."""
+    other = torch.tensor([dataset != name for dataset in labels.dataset], device=labels.energy.device)
+    return replace(
+        labels,
+        energy=labels.energy.masked_fill(other, torch.nan),
+        forces=labels.forces.masked_fill(other[labels.system, None], torch.nan),
+        stress=labels.stress.masked_fill(other[:, None, None], torch.nan),
+    )
+
+
 def error_table(errors: Mapping[str, float]) -> str:
     """Return errors as a small text table in meV units, one line per quantity (and element, if several)."""
     lines = [f"{'':10}{'MAE':>10}{'RMSE':>10}"]
@@ -109,6 +121,10 @@ def error_table(errors: Mapping[str, float]) -> str:
     for symbol in symbols if len(symbols) > 1 else []:
         mae, rmse = errors[f"forces_mae_{symbol}"] * MEV, errors[f"forces_rmse_{symbol}"] * MEV
         lines.append(f"{'forces ' + symbol:10}{mae:10.3f}{rmse:10.3f}  {SHOWN_UNITS['forces']}")
+    prefix = "forces_mae@"
+    for name in [key.removeprefix(prefix) for key in errors if key.startswith(prefix)]:
+        mae, rmse = errors[f"forces_mae@{name}"] * MEV, errors[f"forces_rmse@{name}"] * MEV
+        lines.append(f"{'forces ' + name:10}{mae:10.3f}{rmse:10.3f}  {SHOWN_UNITS['forces']}")
     return "\n".join(lines)
 
 
@@ -123,7 +139,7 @@ def _error_sums(prediction: Tensor, label: Tensor) -> Tensor:
 
 
 def _cosine_sums(prediction: Tensor, label: Tensor) -> Tensor:
-    """Return the sum of cosines, 0 and the number of atoms ``[3]``; those without a direction do not count."""
+    """Return the sum of cosines, 0 and the number of atoms ``[3]``; only forces with a direction count."""
     size = label.norm(dim=1)
     known = size > 0  # NaN is not
     forces = prediction.detach().double()

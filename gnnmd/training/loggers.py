@@ -60,10 +60,12 @@ def is_offline(config: LoggerConfig) -> bool:
 
 def close_loggers(loggers: Iterable[Logger], models: Iterable[Path], *, failed: bool = False) -> None:
     """Give W&B the models and end its run: the next run of this process must not log into this one."""
-    import wandb
-
     for logger in loggers:
-        if isinstance(logger, WandbLogger) and wandb.run is not None:
+        if not isinstance(logger, WandbLogger):
+            continue
+        import wandb  # takes a second
+
+        if wandb.run is not None:
             for path in models:
                 if path.exists():
                     artifact = wandb.Artifact(f"{path.parent.name}-{path.stem}", type="model")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import ase.io
 import pytest
 import yaml
 
@@ -107,3 +108,17 @@ def test_a_run_folder_tells_how_it_was_made(config):
     assert (said["kind"], said["name"], said["seed"]) == ("train", "test", 0)
     assert said["state"] == "finished"
     assert said["results"]["errors"]["forces_mae"] > 0
+
+
+def test_errors_of_each_data_set_are_those_of_its_frames_alone(config, frames, tmp_path):
+    images = ase.io.read(frames["copper"], ":6")
+    for i, atoms in enumerate(images):
+        atoms.info["dataset"] = "ab"[i % 3 == 0]
+    ase.io.write(tmp_path / "two.xyz", images)
+    config.data = replace(config.data, train=str(tmp_path / "two.xyz"), val=str(tmp_path / "two.xyz"))
+    config.trainer.max_epochs = 1
+    errors = train(config).errors
+    assert errors["forces_mae@a"] != errors["forces_mae@b"]
+    for kind in ("energy", "forces"):  # four frames of a, two of b, of equal size
+        mean = (4 * errors[f"{kind}_mae@a"] + 2 * errors[f"{kind}_mae@b"]) / 6
+        assert errors[f"{kind}_mae"] == pytest.approx(mean)
