@@ -484,6 +484,11 @@ def check_resumable(folder: Path, config: TrainConfig) -> None:
     Raises:
         ValueError: names what differs.
     """
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(
+            f"resume={folder}: no {CONFIG} there, so nothing tells whether this is the same run. Copy the "
+            f"whole run folder, or use init_from={folder} to start a new run from its weights"
+        )
     mine, saved = _plain(asdict(config)), yaml.safe_load((folder / CONFIG).read_text())
     changed = [f"heads={saved['heads']}"] if saved["heads"] != mine["heads"] else []
     changed += [f"model.{k}={v}" for k, v in saved["model"].items() if mine["model"].get(k) != v]

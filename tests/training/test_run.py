@@ -145,6 +145,13 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(config):
         train(replace(config, runs="/proc/runs"))
 
 
+def test_a_run_folder_without_its_configuration_is_not_resumed(config):
+    folder = train(config, callbacks=[AtStep(5, ask_to_stop)]).folder
+    (folder / "config.yaml").unlink()
+    with pytest.raises(FileNotFoundError, match="Copy the whole run folder"):
+        train(replace(config, resume=str(folder)))
+
+
 def test_dropout_goes_on_with_the_same_random_numbers(config):
     config.model = replace(config.model, experts=ExpertsConfig(count=2, dropout=0.5))
     whole = train(config).folder
