@@ -26,6 +26,7 @@ COMMANDS = {
         "what dividing a structure over ranks costs, before any rank exists",
     ),
     "md": ("gnnmd.cli:md", "run molecular dynamics"),
+    "runs": ("gnnmd.runs.table:runs", "list the runs of a folder, or show in what runs differ"),
     "demo": ("gnnmd.demo.run:demo", "train on silver, run molecular dynamics, write a report"),
 }
 

@@ -3,24 +3,29 @@
 import csv
 import io
 import math
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gnnmd.predict.checkpoint import write_atomically
 from gnnmd.predict.metrics import SHOWN_UNITS
-from gnnmd.training.module import PotentialModule
+from gnnmd.training.module import LabelledGraph, PotentialModule
 from gnnmd.units import MEV
 
 #: Of metrics.csv; errors in eV/atom, eV/A, eV/A^3, as everywhere but on the screen.
 COLUMNS = (
     *("epoch", "step", "seconds", "lr", "train_loss", "val_loss"),
     *(f"{split}_{name}_{s}" for split in ("train", "val") for name in SHOWN_UNITS for s in ("mae", "rmse")),
+    *("train_forces_cosine", "val_forces_cosine", "grad_norm"),
+    *("atoms_per_s", "edges_per_s", "data_seconds", "validation_seconds", "peak_memory_MB"),
 )
 
 
@@ -34,7 +39,9 @@ class History(Callback):
         self._path = path
         self._console = console
         self._rows: list[dict[str, str]] = []
-        self._epoch_start = 0.0
+        self._epoch_start = self._ready = self._validation_start = 0.0
+        self._atoms = self._edges = 0
+        self._data_seconds = self._validation_seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the rows up to the checkpoint; print the head of the table."""
@@ -48,8 +55,32 @@ class History(Callback):
         self._console.print(f"{'epoch':>7}{'lr':>10}{units}{'s/epoch':>9}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._epoch_start = time.monotonic()
+        """Start the clocks."""
+        self._epoch_start = self._ready = time.monotonic()
+        self._atoms = self._edges = 0
+        self._data_seconds = self._validation_seconds = 0.0
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *given: Any) -> None:
+        """Add the time in which the batch was read and its graph built, and the rank's share of its size."""
+        batch: LabelledGraph = given[0]
+        self._data_seconds += time.monotonic() - self._ready
+        self._atoms += len(batch.labels.numbers)  # shapes: nothing waits for the device
+        self._edges += batch.graph.edge_index.shape[1]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Start the clock of the next batch."""
+        self._ready = time.monotonic()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of the validation."""
+        self._validation_start = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop it; the wait before the next batch does not count as reading data."""
+        self._validation_seconds += time.monotonic() - self._validation_start
+        self._ready = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the row of this epoch: the same numbers on every rank, one of which writes.
@@ -68,6 +99,12 @@ class History(Callback):
             )
         train, val = errors.errors(), pl_module.val_errors
         spent = time.monotonic() - self._epoch_start
+        mesh = pl_module.mesh
+        atoms, edges = mesh.world.sum(
+            torch.tensor([self._atoms, self._edges], dtype=torch.float64, device=mesh.world.device)
+        ).tolist()
+        memory = float(mesh.world.max(torch.tensor(_peak_memory(), device=mesh.world.device)))
+        trained = max(1e-9, spent - self._validation_seconds)
         before = float(self._rows[-1]["seconds"]) if self._rows else 0.0
         values: dict[str, Any] = {
             "epoch": trainer.current_epoch + 1,
@@ -76,6 +113,14 @@ class History(Callback):
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "train_loss": train_loss,
             **{f"train_{name}": error for name, error in train.items()},
+        }
+        values |= {
+            "grad_norm": pl_module.grad_norm,
+            "atoms_per_s": round(atoms / trained, 1),
+            "edges_per_s": round(edges / trained, 1),
+            "data_seconds": round(self._data_seconds, 3),
+            "validation_seconds": round(self._validation_seconds, 3),
+            "peak_memory_MB": round(memory, 1),
         }
         if val:
             values |= {"val_loss": pl_module.val_loss}
@@ -101,6 +146,14 @@ class History(Callback):
             shown = " | ".join("-" if v is None else f"{MEV * v:.2f}" for v in (train, val))
             pairs += f"{shown:>20}"
         self._console.print(f"{values['epoch']:7d}{values['lr']:10.1e}{pairs}{spent:9.1f}")
+
+
+def _peak_memory() -> float:
+    """Return the largest memory in MB: on the GPU in this epoch, or of the process where there is none."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 class LiveBar(Callback):

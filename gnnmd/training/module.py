@@ -90,6 +90,7 @@ class PotentialModule(LightningModule):
         self._total_steps = total_steps
         self.train_errors = ErrorMeter()
         self._train_loss = torch.zeros(2, dtype=torch.float64)  # sum over batches, number of batches
+        self._grad_norm = torch.zeros(2, dtype=torch.float64)  # sum over steps, number of steps
         self.val_errors: dict[str, float] = {}
         self.val_loss = float("nan")
         self._random_state: Tensor | None = None
@@ -141,6 +142,7 @@ class PotentialModule(LightningModule):
         """Start counting errors afresh."""
         self.train_errors = ErrorMeter()
         self._train_loss = torch.zeros_like(self._train_loss)
+        self._grad_norm = torch.zeros_like(self._grad_norm)
         self.val_errors = {}
 
     def epoch_errors(self) -> tuple[ErrorMeter, Tensor]:
@@ -150,6 +152,12 @@ class PotentialModule(LightningModule):
         """
         world = self.mesh.world
         return self.train_errors.total(self.mesh), world.sum(self._train_loss) / world.size
+
+    @property
+    def grad_norm(self) -> float:
+        """Mean norm of the gradient over the steps of this epoch, before clipping; waits for the device."""
+        total, steps = self._grad_norm.tolist()
+        return total / max(1.0, steps)
 
     def on_validation_epoch_start(self) -> None:
         """Start counting errors afresh."""
@@ -196,14 +204,18 @@ class PotentialModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm of the whole gradient."""
+        """Add up and clip the norm of the whole gradient, which all ranks know by now."""
+        parameters = list(self.potential.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        self._grad_norm = self._grad_norm.to(norm.device) + torch.stack([norm, torch.ones_like(norm)])
         if self.optim.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.potential.parameters(), self.optim.clip_norm, foreach=True)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip_norm, norm, foreach=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store errors of the epoch under way, random state and shape of the potential; collective."""
         errors, loss = self.epoch_errors()
-        checkpoint["epoch_errors"] = {"sums": errors.sums, "loss": loss}
+        checkpoint["epoch_errors"] = {"sums": errors.sums, "loss": loss, "grad_norm": self._grad_norm}
         checkpoint["random_state"] = torch.get_rng_state()
         checkpoint[SHAPE] = to_dict(self.potential.config)
         if torch.cuda.is_available():
@@ -214,6 +226,7 @@ class PotentialModule(LightningModule):
         if self.mesh.world.rank == 0:  # sums over all ranks
             self.train_errors.sums = dict(checkpoint["epoch_errors"]["sums"])
         self._train_loss = checkpoint["epoch_errors"]["loss"]  # a mean over ranks
+        self._grad_norm = checkpoint["epoch_errors"].get("grad_norm", self._grad_norm)
         self._random_state = checkpoint["random_state"]
         self._cuda_random_state = checkpoint.get("cuda_random_state")
 

@@ -19,7 +19,6 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from rich.console import Console
 
@@ -36,12 +35,14 @@ from gnnmd.predict.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from gnnmd.predict.metrics import ErrorMeter, error_table
+from gnnmd.predict.metrics import ErrorMeter, error_table, only_dataset
 from gnnmd.predict.parity_plot import Parity, save_parity_plot
+from gnnmd.runs.record import RunRecord
 from gnnmd.training.callbacks import BEST, LAST, STATE, STOPPING, Checkpoints, Pace, StopBetweenSteps
 from gnnmd.training.finetune import find_source, refit_references, start_from
 from gnnmd.training.history import History, LiveBar
 from gnnmd.training.learning_curve import save_learning_curve
+from gnnmd.training.loggers import close_loggers, make_loggers
 from gnnmd.training.module import SHAPE, PotentialModule, labelled_graph, predict
 from gnnmd.training.settings import TrainConfig, TrainerConfig
 from gnnmd.training.strategy import MeshStrategy, copy_from_first
@@ -123,6 +124,18 @@ def train_on(
     folder: Path | None = None,
 ) -> TrainingResult:
     """Do the part of one process in `train`; all ranks get the same result, the first tells and writes."""
+    with RunRecord() as record:
+        return _train_on(ranks, config, console, callbacks, folder, record)
+
+
+def _train_on(
+    ranks: Ranks,
+    config: TrainConfig,
+    console: Console | None,
+    callbacks: list[Callback] | None,
+    folder: Path | None,
+    record: RunRecord,
+) -> TrainingResult:
     mesh = Mesh.of(ranks, config.parallel.gp)
     quiet = config.trainer.progress == "none"
     console = console or Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True)
@@ -162,6 +175,7 @@ def train_on(
     _describe(console, potential, data.statistics, mesh)
     if ranks.rank == 0:
         _write_config(folder, config, potential)
+        record.start(folder, "train", {"name": config.name, "seed": config.seed})
     console.print(f"{'continuing in' if resumed else 'run folder'} {folder}")
 
     def export(path: Path, model: Potential, summary: dict[str, Any]) -> None:
@@ -188,6 +202,9 @@ def train_on(
         except SystemExit:  # how Lightning ends on KeyboardInterrupt; the callbacks have saved everything
             if not keep.interrupted:
                 raise
+        except BaseException:
+            close_loggers(trainer.loggers, [], failed=True)
+            raise
     checkpoint = folder / ranks.from_first(BEST if (folder / BEST).exists() else LAST)
     split = "val" if data.test_set is None else "test"
     errors: dict[str, float] = {}
@@ -196,6 +213,10 @@ def train_on(
         console.print(f"continue with: gnnmd train resume={folder}")
     else:
         errors = _report(checkpoint, split, data, module, mesh, console)
+    record.finish("interrupted" if stop.interrupted else "finished", split=split, errors=errors)
+    for logger in trainer.loggers:
+        logger.log_metrics({f"{split}/{name}": error for name, error in errors.items()})
+    close_loggers(trainer.loggers, [folder / BEST, folder / LAST])
     return TrainingResult(folder, checkpoint, errors, split, stop.interrupted)
 
 
@@ -264,6 +285,8 @@ def evaluate(
 ) -> tuple[dict[str, float], Parity]:
     """Return errors of a potential on the frames of a loader, and the pairs for a parity plot; collective.
 
+    Where the frames name several data sets, also ``forces_mae@NAME`` and so on.
+
     Args:
         potential: the same on all ranks.
         loader: the frames of this replica.
@@ -273,14 +296,21 @@ def evaluate(
     mesh = mesh or Mesh()
     potential = potential.to(device).eval()
     meter, parity = ErrorMeter(per_element=True), Parity()
+    names = sorted({str(name) for name in loader.dataset.labels("dataset")} - {""})
+    by_dataset = {name: ErrorMeter() for name in names} if len(names) > 1 else {}
     for i, data in enumerate(loader):
         if loader.repeats(i):
             continue
         batch = labelled_graph(potential, data, mesh.gp).to(device)
         prediction = predict(potential, batch)
         meter.update(prediction, batch.labels, batch.graph.n_atoms)
+        for name, own in by_dataset.items():
+            own.update(prediction, only_dataset(batch.labels, name), batch.graph.n_atoms)
         parity.update(prediction, batch.labels, batch.graph.n_atoms)
-    return meter.total(mesh).errors(), parity.total(mesh)
+    errors = meter.total(mesh).errors()
+    for name, own in by_dataset.items():
+        errors |= {f"{kind}@{name}": error for kind, error in own.total(mesh).errors().items()}
+    return errors, parity.total(mesh)
 
 
 def _report(
@@ -422,7 +452,7 @@ def _trainer(config: TrainConfig, folder: Path, mesh: Mesh, callbacks: list[Call
         max_epochs=given.max_epochs,
         check_val_every_n_epoch=given.validate_every,
         callbacks=[*limits, *callbacks],
-        logger=_loggers(config, folder) if mesh.world.rank == 0 else [],
+        logger=make_loggers(config, folder) if mesh.world.rank == 0 else [],
         default_root_dir=folder,
         deterministic=True if given.deterministic else None,
         inference_mode=False,  # forces are derivatives also in validation
@@ -432,28 +462,6 @@ def _trainer(config: TrainConfig, folder: Path, mesh: Mesh, callbacks: list[Call
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-
-
-def _loggers(config: TrainConfig, folder: Path) -> list[Logger]:
-    given = config.logger
-    if given.kind == "tensorboard":
-        from lightning.pytorch.loggers import TensorBoardLogger
-
-        return [TensorBoardLogger(folder, name="", version="tensorboard")]
-    if given.kind == "wandb":
-        from lightning.pytorch.loggers import WandbLogger
-
-        logger = WandbLogger(
-            name=folder.name,
-            id=folder.name,  # a resumed run continues its own curves
-            project=given.project,
-            entity=given.entity,
-            offline=given.offline,
-            save_dir=folder,
-        )
-        logger.log_hyperparams(asdict(config))
-        return [logger]
-    return []
 
 
 def _device(config: TrainerConfig) -> Literal["cuda", "cpu"]:
@@ -476,6 +484,11 @@ def check_resumable(folder: Path, config: TrainConfig) -> None:
     Raises:
         ValueError: names what differs.
     """
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(
+            f"resume={folder}: no {CONFIG} there, so nothing tells whether this is the same run. Copy the "
+            f"whole run folder, or use init_from={folder} to start a new run from its weights"
+        )
     mine, saved = _plain(asdict(config)), yaml.safe_load((folder / CONFIG).read_text())
     changed = [f"heads={saved['heads']}"] if saved["heads"] != mine["heads"] else []
     changed += [f"model.{k}={v}" for k, v in saved["model"].items() if mine["model"].get(k) != v]

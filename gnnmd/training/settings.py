@@ -111,7 +111,8 @@ class LoggerConfig:
         kind: nothing else, Weights & Biases, or TensorBoard files in the run folder.
         project: W&B project.
         entity: W&B user or team; None is the account's default.
-        offline: keep W&B's files in the run folder, to be sent later with ``wandb sync``.
+        offline: keep W&B's files in the run folder, to be sent later with ``wandb sync``; always so where no
+            key is found (WANDB_API_KEY, ``wandb login``): nobody is asked for one.
     """
 
     kind: Literal["none", "wandb", "tensorboard"] = "none"

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,7 @@ def test_missing_labels_do_not_count_and_a_quantity_without_labels_is_absent():
     meter = ErrorMeter()
     meter.update(p, labels)
     errors = meter.errors()
-    assert set(errors) == {"energy_mae", "energy_rmse", "forces_mae", "forces_rmse"}
+    assert set(errors) == {"energy_mae", "energy_rmse", "forces_mae", "forces_rmse", "forces_cosine"}
     assert errors["energy_mae"] == pytest.approx(abs((p.energy[1] - labels.energy[1]).item()) / 4)
     assert errors["forces_mae"] == pytest.approx((p.forces[:2] - labels.forces[:2]).abs().mean().item())
 
@@ -100,3 +102,14 @@ def test_prediction_that_is_nan_shows_in_the_errors():
     meter.update(Prediction(torch.tensor([torch.nan]).double(), nothing, None, nothing[:, 0]), labels)
     assert np.isnan(meter.errors()["energy_mae"])
     assert "forces_mae" not in meter.errors()  # no label, no error
+
+
+def test_cosine_is_that_of_atoms_whose_force_has_a_direction():
+    labels = AtomBatch.from_ase(Atoms("Ag4", np.eye(4, 3) * 3, info={"energy": 1.0}))
+    forces = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 0, 0], [torch.nan] * 3], dtype=torch.float64)
+    labels = dataclasses.replace(labels, forces=forces)
+    right, half = [5.0, 0, 0], [3.0**0.5, 1.0, 0]
+    p = torch.tensor([right, half, [1.0, 1, 1], [1.0, 1, 1]], dtype=torch.float64)
+    meter = ErrorMeter()
+    meter.update(Prediction(labels.energy, p, None, p[:, 0]), labels)
+    assert meter.errors()["forces_cosine"] == pytest.approx((1 + 0.5) / 2)

@@ -28,7 +28,7 @@ from gnnmd.training.settings import ParallelConfig
 from tests.training.conftest import columns
 from tests.training.jobs import PressCtrlC, fit
 
-CURVES = ("epoch", "step", "lr", "train", "val")
+CURVES = ("epoch", "step", "lr", "train_", "val_", "grad_norm")  # what no clock or memory enters
 
 
 class AtStep(Callback):
@@ -71,7 +71,7 @@ def test_a_run_leaves_everything_behind_that_it_promises(config, pictures):
     result = train(config)
     left = {path.name for path in result.folder.iterdir()}
     assert left == {
-        *("config.yaml", "metrics.csv", "errors.json", "parity.png", "learning_curve.png"),
+        *("config.yaml", "run.json", "metrics.csv", "errors.json", "parity.png", "learning_curve.png"),
         *(BEST, LAST, STATE),
     }
     assert result.folder.name.endswith("-test")
@@ -84,6 +84,17 @@ def test_a_run_leaves_everything_behind_that_it_promises(config, pictures):
     assert errors == result.errors
     assert yaml.safe_load((result.folder / "config.yaml").read_text())["model"]["channels"] == 8
     assert len(columns(result.folder, "epoch")) == 3
+
+
+def test_each_epoch_tells_throughput_gradient_and_memory(config):
+    folder = train(config).folder
+    names = ("seconds", "validation_seconds", "data_seconds", "atoms_per_s", "edges_per_s", "peak_memory_MB")
+    table = {name: columns(folder, name)[:, 0].astype(float) for name in (*names, "grad_norm")}
+    assert all((values > 0).all() for values in table.values())
+    spent = np.diff(table["seconds"], prepend=0.0)
+    atoms = table["atoms_per_s"] * (spent - table["validation_seconds"])
+    np.testing.assert_allclose(atoms, 40, rtol=0.2)  # 10 crystals of 4; the clocks are rounded to ms
+    assert (table["data_seconds"] + table["validation_seconds"] < spent).all()
 
 
 def test_two_frames_are_learnt_by_heart(config, frames):
@@ -132,6 +143,13 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(config):
         ValueError, match=r"cannot write to /proc/runs/.*\(/proc: .*choose another place with runs="
     ):
         train(replace(config, runs="/proc/runs"))
+
+
+def test_a_run_folder_without_its_configuration_is_not_resumed(config):
+    folder = train(config, callbacks=[AtStep(5, ask_to_stop)]).folder
+    (folder / "config.yaml").unlink()
+    with pytest.raises(FileNotFoundError, match="Copy the whole run folder"):
+        train(replace(config, resume=str(folder)))
 
 
 def test_dropout_goes_on_with_the_same_random_numbers(config):
