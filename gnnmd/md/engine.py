@@ -163,7 +163,7 @@ class Engine:
             near=self.potential.backbone.exchange_cut,
             partition=partition,
             carried=tuple(columns[name] for name in (*_OWN, *self._columns)),
-            dataset=self.potential.dataset_index(piece),
+            dataset=self.potential.dataset_index(piece, whole=False),
             max_neighbors=limit,
             backend=evaluator.settings.neighbors,
             headroom=headroom,

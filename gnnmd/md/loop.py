@@ -312,6 +312,7 @@ def start(share: RankPotential, setup: Setup, batch: AtomBatch, columns: dict[st
         batch: the system.
         columns: ``velocities``, ``masses`` and ``mobile`` of all its atoms (see `State`).
     """
+    share.potential.dataset_index(batch)  # refuses what the potential cannot describe, on every rank
     piece, ids = share_of(batch, share.ranks)
     return Loop(share, setup, piece, ids, {name: column[ids] for name, column in columns.items()})
 

@@ -221,15 +221,21 @@ class Potential(Float64Buffers):
             placed = g.with_positions(gp.exchange(pos), g.cell)
             return replace(g, links=self.backbone.links(placed, gp.n_owned, skin))
 
-    def dataset_index(self, batch: AtomBatch) -> Tensor:
+    def dataset_index(self, batch: AtomBatch, *, whole: bool = True) -> Tensor:
         """Return ``[B]`` int64, the data set of every system as the model counts them.
 
         Checks first that the model can describe the batch, for callers that build its graph themselves.
+
+        Args:
+            batch: the systems.
+            whole: with all their atoms; a piece of them does not tell which mixture of experts they need.
 
         Raises:
             ValueError: an element, charge, spin or data set the model does not know.
         """
         self._check(batch)
+        if whole:
+            self._check_mixture(batch)
         names = [self.dataset_name(name) for name in batch.dataset]
         indices = [self.datasets.index(name) if name else 0 for name in names]
         return torch.tensor(indices, dtype=torch.int64).to(batch.numbers.device)
@@ -308,6 +314,9 @@ class Potential(Float64Buffers):
             wrong = [] if limits is None else [v for v in values.tolist() if not limits[0] <= v <= limits[1]]
             if wrong:
                 raise ValueError(f"{name} {wrong} is outside {limits}, the range of the model's embedding")
+
+    def _check_mixture(self, batch: AtomBatch) -> None:
+        """Refuse systems for which the experts were not merged."""
         if self.merged_for is None:
             return
         for b, name in enumerate(batch.dataset):

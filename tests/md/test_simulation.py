@@ -4,8 +4,13 @@ from ase.build import bulk
 from ase.constraints import FixAtoms, FixCom
 
 from gnnmd import InferenceSettings, PredictUnit
+from gnnmd.graph import AtomBatch
 from gnnmd.md import NVE, Langevin, Simulation
 from gnnmd.models.emt import emt
+from gnnmd.models.escn_md import ExpertsConfig
+from gnnmd.models.merge import merged
+from tests.models.systems import slab
+from tests.models.test_escn_md import escn_md
 
 EXACT = InferenceSettings(dtype="float64")
 
@@ -84,3 +89,14 @@ def test_edges_in_the_skin_change_nothing(evaluation):
 def test_an_unknown_evaluation_is_refused():
     with pytest.raises(ValueError, match="evaluation='fast' is not one of compact, standing, captured"):
         Simulation(crystal(), unit(), NVE(), temperature=300, evaluation="fast")
+
+
+def test_a_merged_mixture_of_experts_runs_on_ranks_and_refuses_other_systems():
+    potential = merged(escn_md(experts=ExpertsConfig(count=3)), AtomBatch.from_ase(slab()))
+    ends = []
+    for workers in (None, 2):
+        with PredictUnit(potential, device="cpu", settings=EXACT, workers=workers) as u:
+            ends.append(Simulation(slab(), u, NVE(), temperature=10, skin=0.5).run(2).atoms.positions)
+            with pytest.raises(ValueError, match="the experts were merged for"):
+                Simulation(slab()[:-1], u, NVE(), temperature=10)
+    np.testing.assert_allclose(ends[0], ends[1], rtol=0, atol=1e-11)
