@@ -31,6 +31,9 @@ from omegaconf.errors import OmegaConfBaseException
 from gnnmd.models.build import MODELS
 from gnnmd.training.settings import TrainConfig
 
+#: Presets that belong to a model unless others are chosen.
+_USUAL = {MODELS[name]: {"loss": "deepmd", "optim": "deepmd"} for name in ("dpa2", "dpa3")}
+
 T = TypeVar("T")
 
 
@@ -133,6 +136,7 @@ def load_config(arguments: Sequence[str] = ()) -> TrainConfig:
         arguments: ``group=preset`` (model=uma_s), ``key=value`` (trainer.max_epochs=10) and YAML files with
             some or all keys, for example the config.yaml of an earlier run. Presets come first, then files,
             then values. ``resume=<run folder>`` alone or with values starts from that run's config.yaml.
+            A DPA model brings its loss and optimiser (loss=deepmd optim=deepmd) unless others are chosen.
             The preset ``launch=`` counts as a value: it says where, not what.
 
     Raises:
@@ -155,7 +159,10 @@ def load_config(arguments: Sequence[str] = ()) -> TrainConfig:
     # what the run started from is in its state
     old = [value for file in begun for value in _file_values(file) if value.key != "init_from"]
     values = old + [value for file in files for value in _file_values(file)] + places + values
-    cls = train_class(_model_class(choices, values))
+    model = _model_class(choices, values)
+    if "model" in choices and "experiment" not in choices:
+        choices = {**_USUAL.get(model, {}), **choices}
+    cls = train_class(model)
     for value in values:
         _check_key(value, cls)
     config = _compose(choices, cls)

@@ -260,3 +260,15 @@ def test_other_commands_have_the_presets_of_their_sections(tmp_path):
         load_values(MDConfig, ["launch=slrum"])
     with pytest.raises(ConfigError, match="unknown key 'model.lmax'"):
         load_values(MDConfig, ["model.lmax=2"])
+
+
+def test_dpa_models_bring_their_loss_and_optimiser_unless_others_are_chosen():
+    data = ["data=deepmd", "data.train=x", "data.val=y"]
+    for model in ("dpa2", "dpa3", "dpa3_l16"):
+        config = load_config([f"model={model}", *data])
+        assert config.loss.ramp.shape == "learning_rate"
+        assert config.optim.schedule.kind == "exponential"
+    chosen = load_config(["model=dpa3", "loss=l2mae", "optim.lr=0.1", *data])
+    assert chosen.loss == load_config(["loss=l2mae", *data]).loss
+    assert (chosen.optim.lr, chosen.optim.schedule.kind) == (0.1, "exponential")
+    assert load_config(["model=escn_md", *data]).loss == load_config(data).loss

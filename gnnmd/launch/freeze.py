@@ -5,6 +5,7 @@ from pathlib import Path
 
 import gnnmd
 from gnnmd.config import config_dir
+from gnnmd.runs.record import keep_git_state
 
 
 def freeze(folder: Path) -> Path:
@@ -17,4 +18,5 @@ def freeze(folder: Path) -> Path:
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(Path(gnnmd.__file__).parent, code / "gnnmd", ignore=ignored)
     shutil.copytree(config_dir(), code / "gnnmd" / "configs", ignore=ignored, dirs_exist_ok=True)
+    keep_git_state(Path(gnnmd.__file__).parent, code / "gnnmd")
     return code

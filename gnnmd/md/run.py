@@ -1,7 +1,7 @@
 """A run of molecular dynamics from its configuration, and the command ``gnnmd md``."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gnnmd.data.structures import read_structure
@@ -12,6 +12,7 @@ from gnnmd.md.settings import MDConfig
 from gnnmd.md.simulation import Simulation
 from gnnmd.parallel import World
 from gnnmd.predict import InferenceSettings, PredictUnit
+from gnnmd.runs.record import RunRecord
 from gnnmd.units import MEV
 
 
@@ -50,6 +51,11 @@ def run_md(config: MDConfig, *, unit: PredictUnit | None = None, live: bool = Fa
         ValueError: a structure that cannot be read, or values that do not fit together.
         SimulationError: the simulation has lost its meaning.
     """
+    with RunRecord() as record:
+        return _run_md(config, unit, live, record)
+
+
+def _run_md(config: MDConfig, unit: PredictUnit | None, live: bool, record: RunRecord) -> MDResult:
     if config.restart is not None and not config.resume and shards.steps_in(Path(config.restart)):
         raise FileExistsError(
             f"{config.restart} holds the restarts of an earlier run: add resume=true to go on from them, or "
@@ -63,13 +69,18 @@ def run_md(config: MDConfig, *, unit: PredictUnit | None = None, live: bool = Fa
             config.model, device=config.device, settings=settings, workers=_workers(config)
         )
     simulation = _resumed(config, unit, reporters) if config.resume else _new(config, unit, reporters)
+    if config.restart is not None and unit.first:
+        record.start(Path(config.restart).absolute().parent, "md", {"name": "md", "config": asdict(config)})
+    code = 0
     try:
         simulation.run(max(config.steps - simulation.step, 0))
     except KeyboardInterrupt:
-        return MDResult(simulation, averages, 130)
+        code = 130
     except SystemExit as stopped:
-        return MDResult(simulation, averages, int(stopped.code or 0))
-    return MDResult(simulation, averages, 0)
+        code = int(stopped.code or 0)
+    counters = asdict(simulation.counters)
+    record.finish("interrupted" if code else "finished", step=simulation.step, counters=counters)
+    return MDResult(simulation, averages, code)
 
 
 def md(config: MDConfig) -> int:

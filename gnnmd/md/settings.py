@@ -48,7 +48,8 @@ class MDConfig:
         trajectory: frames with positions, momenta, energy and forces: an extxyz file, or a folder whose
             name ends with .zarr, which all ranks write together, for large systems; None writes none.
         trajectory_interval: steps between two frames.
-        restart: folder of restarts; None keeps none.
+        restart: folder of restarts; None keeps none. Beside it lies ``run.json``, which says what ran,
+            where, on which code and how it ended.
         restart_interval: steps between two restarts; one is also written when the run ends or is interrupted.
         keep: how many restarts stay.
         resume: go on from ``restart``: on any number of workers, with the ensemble of then.

@@ -20,6 +20,8 @@ import gnnmd
 from gnnmd.predict.checkpoint import write_atomically
 
 RECORD = "run.json"
+#: In a copy of the code: the commit it is of.
+_COPIED = "copied_from.json"
 #: Packages whose versions change numbers.
 PACKAGES = ("torch", "lightning", "numpy", "ase", "torch_geometric", "vesin", "nvalchemi-toolkit-ops")
 #: Environment variables that change what a run does; a list of names, so that no secret can slip through.
@@ -108,11 +110,20 @@ def surroundings() -> dict[str, Any]:
     }
 
 
+def keep_git_state(code: Path, copy: Path) -> None:
+    """Write what is known of the code's commit into a copy of it, which has no history of its own."""
+    (copy / _COPIED).write_text(json.dumps(git_state(code)))
+
+
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Return commit of the code in ``folder`` and whether tracked files differ from it; None without git.
 
     An installed package that happens to lie inside somebody else's repository is not tracked there: None.
+    Copies say what was known where they were made.
     """
+    if (folder / _COPIED).is_file():
+        known: dict[str, Any] | None = json.loads((folder / _COPIED).read_text())
+        return known
 
     def git(*arguments: str) -> str:
         done = subprocess.run(

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import signal
@@ -74,6 +75,15 @@ def test_a_run_writes_what_it_computed() -> None:
     assert_array_equal(table[:, 0], np.arange(21))
     assert table[-1, 3] == pytest.approx(last.get_potential_energy())
     assert (result.simulation.step, result.code) == (20, 0)
+
+
+def test_a_run_says_what_it_was() -> None:
+    run(steps=3)
+    run(steps=6, resume=True)
+    record = json.loads(Path("run.json").read_text())
+    assert (record["kind"], record["state"], record["results"]["step"]) == ("md", "finished", 6)
+    assert record["config"]["timestep"] == 5.0
+    assert [session["state"] for session in record["sessions"]] == ["finished", "finished"]
 
 
 @pytest.mark.parametrize("thermostat", ["none", "langevin", "bussi", "nose_hoover"])

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -132,3 +133,9 @@ def test_damaged_and_foreign_folders_are_listed_as_such(tmp_path, capsys):
 def test_a_folder_that_is_missing_ends_in_one_line(tmp_path, capsys):
     assert cli.main(["runs", str(tmp_path / "none")]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_copy_of_the_code_knows_the_commit_it_is_of(tmp_path):
+    code = Path(record.__file__).parents[1]
+    record.keep_git_state(code, tmp_path)
+    assert record.git_state(tmp_path) == record.git_state(code)
