@@ -7,6 +7,7 @@ ranks.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +61,8 @@ class Integrator:
     needs_stress = False
     #: Whether the cell may change from step to step.
     changes_cell = False
+    #: Steps between two questions whether there is nothing more to do; None never asks.
+    done_interval: ClassVar[int | None] = None
     #: What stops a simulation that was given no limits.
     limits = Limits()
 
@@ -90,7 +93,7 @@ class Integrator:
         raise NotImplementedError
 
     def converged(self, s: State, engine: Engine) -> bool:
-        """Tell whether there is nothing more to do; asked only at steps that are looked at. Collective."""
+        """Tell whether there is nothing more to do; asked every `done_interval` steps. Collective."""
         return False
 
     def conserved(self, s: State, engine: Engine) -> Tensor:

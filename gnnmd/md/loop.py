@@ -135,6 +135,8 @@ class Loop:
         if new_potential:
             self.engine.compute_first(s)
         if kept.known["setup"]["integrator"] != to_plain(self.integrator):
+            if self.integrator.needs_stress:  # what is kept may be that of an earlier step
+                self.engine.call(s, stress=True)
             s.variables = {}
             self.integrator.begin(s, self.engine)
         restart.restore_reporters(kept, self.reporters)
@@ -169,8 +171,8 @@ class Loop:
         with self._saving_the_last_good():
             while self.state.step < until and not self.engine.wished and not converged:
                 if self._step(until):
+                    converged = self._converged()
                     rows += self._report()
-                    converged = self.integrator.converged(self.state, self.engine)
                     if self._restart_due(self.state.step):
                         self._keep([reporter.saved() for reporter in self.reporters])
         return self.progress(rows, converged)
@@ -222,6 +224,7 @@ class Loop:
         engine, begun = self.engine, time.perf_counter()
         due = [r for r in self.reporters if self._due(r, self.state.step + 1)]
         looked_at = bool(due) or self.state.step + 1 == until or self._restart_due(self.state.step + 1)
+        looked_at = looked_at or self._asks_whether_done(self.state.step + 1)
         if looked_at:
             engine.read_next()
         engine.wants_stress = any(r.needs_stress for r in due)
@@ -239,6 +242,23 @@ class Loop:
         lately = taken if math.isnan(engine.own_pace) else engine.own_pace
         engine.own_pace = lately + _FORGET * (taken - lately)
         return looked_at
+
+    def _converged(self) -> bool:
+        """Ask the integrator whether it is done; then this step is the last one, which is reported."""
+        if not (
+            self._asks_whether_done(self.state.step) and self.integrator.converged(self.state, self.engine)
+        ):
+            return False
+        self._last = self.state.step
+        known = self.integrator.needs_stress or self.engine.wants_stress
+        if any(r.needs_stress for r in self.reporters) and not known:
+            self.engine.call(self.state, stress=True)
+        return True
+
+    def _asks_whether_done(self, step: int) -> bool:
+        # Not at every step that is looked at: some are because of the clock.
+        every = self.integrator.done_interval
+        return every is not None and step % every == 0
 
     def _restart_due(self, step: int) -> bool:
         return self.setup.restart is not None and step % self.setup.restart_interval == 0
@@ -266,6 +286,7 @@ class Loop:
                 error.add_note(self._save_the_last_good())
             for reporter in self.reporters:
                 reporter.close()
+            self._listening.close()  # here, not on whatever thread collects the garbage
             raise
 
     def _save_the_last_good(self) -> str:

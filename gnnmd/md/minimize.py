@@ -26,8 +26,8 @@ class FIRE(Integrator):
     """Minimisation: the fast inertial relaxation engine (Bitzek et al., Phys. Rev. Lett. 97 (2006) 170201).
 
     All atoms move as if they had the mean mass. With a cell, strains move with the atoms; they are scaled
-    so that an elastic mode is about as stiff as a bond. The run ends at the first step that is looked at
-    (see `Reporter`) where forces and stress are small enough.
+    so that an elastic mode is about as stiff as a bond. Forces and stress are looked at every ten steps;
+    the run ends where they are small enough, and reporters see that step.
 
     Attributes:
         timestep: fs, the largest. Time has no meaning here.
@@ -46,6 +46,7 @@ class FIRE(Integrator):
     max_stress: float = 0.01
     max_move: float = 0.1
 
+    done_interval = 10
     limits = Limits(temperature=math.inf, energy=math.inf)
 
     def __post_init__(self) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from ase import Atoms
 from ase.build import bulk
@@ -48,7 +47,7 @@ def loop_of(
 ) -> Loop:
     """Return this rank's part of a simulation that begins at ``step``, with EMT."""
     masses, mobile = torch.tensor(atoms.get_masses()), torch.ones(len(atoms), 1, dtype=torch.float64)
-    velocities = _drawn(masses, mobile, temperature, seed=3)
+    velocities = _drawn(masses, mobile, temperature, seed=3) + torch.tensor([0.005, 0.0, 0.01])  # drift
     known = {"velocities": velocities, "masses": masses, "mobile": mobile, **(columns or {})}
     setup = Setup(
         integrator=integrator,
@@ -90,8 +89,3 @@ def run_on_pool(
     """Run and return what can be sent back: saved, rows, the largest number of rebuilds, atoms per rank."""
     saved, rows, loop = run(group, atoms, reporters, runs, **how)
     return saved, rows, loop.engine.counters.rebuilds, loop.state.ids.tolist()
-
-
-def positions_in(frames: Sequence[Atoms]) -> np.ndarray:
-    """Return ``[frames, N, 3]``."""
-    return np.stack([frame.positions for frame in frames])

@@ -83,17 +83,24 @@ def mean_and_error(x: np.ndarray, blocks: int = 20) -> tuple[float, float]:
 
 
 def correlation_time(x: np.ndarray) -> float:
-    """Return the integrated correlation time of a series in samples (1 if there is no correlation)."""
+    """Return after how many samples a series and its variance have forgotten themselves (1: at once).
+
+    The larger of two integrals: of the correlation, and of its square, which oscillations do not cancel.
+    """
     y = x - x.mean()
     spectrum = np.abs(np.fft.rfft(y, 2 * len(y))) ** 2
     c = np.fft.irfft(spectrum)[: len(y)]
     c /= c[0]
+    return max(_integral(c), _integral(c**2), 1.0)
+
+
+def _integral(c: np.ndarray) -> float:
     total = 1.0
     for k in range(1, len(c)):  # until noise: Sokal's window
         total += 2 * c[k]
-        if k >= 5 * total:
+        if k >= 5 * max(total, 1.0) and k >= 20:
             break
-    return max(total, 1.0)
+    return total
 
 
 def log_ratio_slope(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:

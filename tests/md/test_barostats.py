@@ -5,7 +5,7 @@ import pytest
 import torch
 from ase.constraints import FixAtoms
 
-from gnnmd.md import MTK, Ramp, Simulation, StochasticCell
+from gnnmd.md import MTK, NVE, Bussi, Ramp, Simulation, StochasticCell
 from gnnmd.units import BOLTZMANN, GPA_PER_EV_A3
 from tests.md.sampling import correlation_time, log_ratio_slope, mean_and_error, record, silver, unit
 
@@ -85,6 +85,18 @@ def test_shear_relaxes_only_in_flexible_cells_and_these_do_not_turn(ensemble):
         assert np.abs(change - np.eye(3)).max() > 5e-3
 
 
+@NPT
+def test_a_run_of_constant_volume_goes_on_at_constant_pressure(ensemble, tmp_path):
+    before = Simulation(
+        silver(a=4.0), unit(), NVE(timestep=5), temperature=600, skin=0.6, restart=tmp_path
+    ).run(30)
+    resumed = Simulation.resume(tmp_path, unit(), integrator=ensemble(**OPTIONS)).run(3).atoms
+    new = Simulation(before.atoms, unit(), ensemble(**OPTIONS), skin=0.6)
+    if ensemble is MTK:  # noise depends on the step
+        np.testing.assert_allclose(resumed.positions, new.run(3).atoms.positions, rtol=0, atol=1e-10)
+    assert resumed.get_volume() > before.atoms.get_volume()
+
+
 def test_what_cannot_change_its_cell_is_refused():
     with pytest.raises(ValueError, match="'triclinic' is not known"):
         MTK(cell="triclinic")
@@ -134,3 +146,19 @@ def test_volumes_have_their_mean_width_and_ratio_at_two_pressures(ensemble, cell
     modulus = 1.5 / math.log(means[0] / means[1])
     print(f"bulk modulus from the means {modulus:.1f} GPa, from fluctuations {np.mean(moduli):.1f} GPa")
     assert np.mean(moduli) == pytest.approx(modulus, rel=0.15)
+
+
+@pytest.mark.slow
+@NPT
+def test_the_mean_volume_is_the_one_at_which_the_pressure_is_that_of_the_bath(ensemble):
+    kept, _ = record(silver(3), ensemble(**OPTIONS), 8000, warm_up=500, interval=5)
+    volume, error_v = mean_and_error(kept["volume"])
+    fixed = Bussi(timestep=5, temperature=300, time_constant=50)
+    atoms = silver(3, a=(volume / 27) ** (1 / 3))
+    kept, _ = record(atoms, fixed, 8000, warm_up=500, interval=5, needs_stress=True, seed=1)
+    pressure, error_p = mean_and_error(kept["pressure"])
+    away, error = pressure / 92, np.hypot(error_v / volume, error_p / 92)
+    print(f"{ensemble.__name__}: V/N {volume / 108:.4f} +- {error_v / 108:.4f} A^3, there {pressure:.4f} +- "
+          f"{error_p:.4f} GPa: the volume is {100 * away:.3f} +- {100 * error:.3f} % away")  # fmt: skip
+    assert abs(away) < 1e-3
+    assert error < 5e-4

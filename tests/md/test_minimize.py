@@ -37,6 +37,16 @@ def test_the_minimum_is_ases():
     assert np.linalg.norm(simulation.atoms.get_forces(), axis=1).max() < 1e-4
 
 
+def test_the_end_does_not_depend_on_who_looks_and_is_reported():
+    kept, simulation = record(vacancy(), FIRE(), 500, interval=450, needs_stress=True)
+    assert len(kept.rows) == 2
+    assert kept["step"][-1] == simulation.step < 450
+    assert record(vacancy(), FIRE(), 500, interval=7)[1].step == simulation.step
+    minimum = simulation.atoms
+    minimum.calc = EMT(asap_cutoff=False)
+    assert kept["pressure"][-1] == pytest.approx(-minimum.get_stress()[:3].mean() / GPa, abs=1e-4)
+
+
 def test_cell_and_positions_relax_under_pressure_as_ases():
     pressure = 5.0
     minimise = FIRE(max_force=1e-4, max_stress=1e-3, cell="flexible", pressure=pressure)

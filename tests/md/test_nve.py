@@ -24,6 +24,18 @@ def test_energy_fluctuates_with_the_square_of_the_time_step_over_5_ps():
     assert ratio == pytest.approx(4, abs=0.4)
 
 
+@pytest.mark.slow
+def test_energy_does_not_drift_over_50_ps():
+    kept, _ = record(silver(5), NVE(timestep=5), 10_000, warm_up=200, temperature=600, interval=10)
+    time, energy = kept["time"], kept["total_energy"]
+    drift = np.polyfit(time * 1e-6, energy, 1)[0] * 1e3 / 500
+    ratio = abs(np.polyfit(time, energy, 1)[0]) * np.ptp(time) / kept["kinetic_energy"].std()
+    print(f"{drift:.3f} meV/atom/ns, {ratio:.4f} of std(K); rms {energy.std() * 2:.5f} meV/atom; "
+          f"{kept['temperature'].mean():.0f} K")  # fmt: skip
+    assert abs(drift) < 0.5
+    assert ratio < 0.1
+
+
 def test_time_can_be_reversed_and_momentum_stays():
     atoms = silver()
     there = Simulation(atoms, unit(), NVE(timestep=5), temperature=600, skin=0.6).run(100).atoms

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,6 +102,14 @@ class View:
             return None
         place = torch.argsort(ids)
         return {name: column[place].cpu() for name, column in zip(names, rows, strict=True)}
+
+    def whole(self, stress: bool) -> dict[str, np.ndarray]:
+        """Return copies of cell, pbc, energy and stress; the latter is NaN if not asked for or undefined."""
+        s = self.state
+        known = {name: getattr(s, name).cpu().clone().numpy() for name in ("cell", "pbc", "energy", "stress")}
+        if not (stress and s.volume > 0):
+            known["stress"] = np.full((3, 3), np.nan)
+        return known
 
 
 class Reporter:

@@ -47,16 +47,13 @@ class Callback(Reporter):
     def report(self, view: View) -> dict[str, Any] | None:
         """Gather on the first rank. Collective."""
         rows = view.gather_on_first("numbers", "masses", *dict.fromkeys(("positions", *self.gather)))
-        scalars, s = view.scalars(), view.state
+        scalars = view.scalars()
         if rows is None:
             return None
-        whole = {name: getattr(s, name).cpu() for name in ("cell", "pbc", "energy")}
-        if self.stress and s.volume > 0:
-            whole["stress"] = s.stress.cpu()
         if not self.stress:
             scalars = {name: value for name, value in scalars.items() if name != "pressure"}
-        known = {name: value.numpy() for name, value in {**rows, **whole}.items()}
-        return {"known": known, "scalars": scalars}
+        arrays = {name: value.numpy() for name, value in rows.items()}
+        return {"known": {**arrays, **view.whole(self.stress)}, "scalars": scalars}
 
     def show(self, row: dict[str, Any]) -> None:
         """Call the function."""

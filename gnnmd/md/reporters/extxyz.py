@@ -53,6 +53,13 @@ class Trajectory(Recorder):
         self._finish()
         self._writer = None
 
+    def close(self) -> None:
+        """Let the last frame be written, if it can; another run cuts the file anew."""
+        if self._writer is not None:
+            with suppress(Exception):  # the run has failed already
+                self._writer.finish()
+        self._writer = self._newest = None
+
     def saved(self) -> dict[str, torch.Tensor]:
         """Put the frames on the disk: a restart counts on them. Collective."""
         self._finish(to_disk=True)
@@ -74,11 +81,8 @@ class Trajectory(Recorder):
         rows = view.gather_on_first(*names)
         self._finish()
         if rows is not None:
-            self._writer, s = self._writer or Beside(), view.state
-            whole = {name: getattr(s, name).cpu() for name in ("cell", "pbc", "energy")}
-            if self.stress and s.volume > 0:
-                whole["stress"] = s.stress.cpu()
-            known = {name: value.numpy() for name, value in {**rows, **whole}.items()}
+            self._writer = self._writer or Beside()
+            known = {**{name: value.numpy() for name, value in rows.items()}, **view.whole(self.stress)}
             self._writer.start(_append, Path(self.path), known, view.step, view.time, self.wrap)
 
     def _finish(self, *, to_disk: bool = False) -> None:

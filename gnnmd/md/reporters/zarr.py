@@ -6,6 +6,7 @@ So any reader of Zarr sees plain arrays, and nothing depends on how many ranks w
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -84,6 +85,13 @@ class ZarrTrajectory(Recorder):
         self._finish()
         self._writer = None
 
+    def close(self) -> None:
+        """Let the last frame be written, if it can; it does not count, and another run cuts it off."""
+        if self._writer is not None:
+            with suppress(Exception):  # the run has failed already
+                self._writer.finish()
+        self._writer = self._newest = self._pending = None
+
     def saved(self) -> dict[str, Tensor]:
         """Complete the frame that is being written: a restart counts on it. Collective."""
         self._finish()
@@ -109,16 +117,14 @@ class ZarrTrajectory(Recorder):
     def _write(self, view: View) -> None:
         low, columns = self._distribute(view, self._names)
         self._finish()
-        path, s = Path(self.path), view.state
+        path = Path(self.path)
         with self._ranks.together(f"writing {path}"):
             if view.first:
                 _make_room(path, self._names, self._count + 1, view.step)
         whole: dict[str, np.ndarray] = {}
         if view.first:
-            whole = {name: getattr(s, name).cpu().numpy() for name in ("cell", "energy", "stress")}
-            whole["time"] = np.array(view.time)
-            if not (self.stress and s.volume > 0):
-                whole["stress"] = np.full((3, 3), np.nan)
+            known = {**view.whole(self.stress), "time": np.array(view.time)}
+            whole = {name: known[name] for name in ("time", "cell", "energy", "stress")}
         self._pending, self._writer = view.step, self._writer or Beside()
         self._writer.start(_write_frame, path, self._count, low, columns, whole, view.step)
 
