@@ -151,6 +151,7 @@ class _ActivatedSums(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (w, x), (groups, act) = ctx.saved_tensors, ctx.how
         if torch.is_grad_enabled():
+            w, x = w.view_as(w), x.view_as(x)  # x may depend on w: of that, this derivative knows nothing
             s = weighted_sums(w[:, None], act.reference(x), groups, loops=LOOPS).squeeze(1)
             wanted = [t for t, needed in zip((w, x), ctx.needs_input_grad[:2], strict=True) if needed]
             found = iter(torch.autograd.grad(s, wanted, g, create_graph=True))

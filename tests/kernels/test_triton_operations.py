@@ -112,7 +112,9 @@ def test_gradients_of_gradients(fast, transposed):
     for o in (fast, REFERENCE):
         pairs = o.act(o.pair_rows(i.z, i.groups, i.y, i.rows) + x)
         sums = o.weighted_sums(i.w, i.y, i.groups, i.rows).squeeze(1)
-        energy = (o.activated_sums(i.w[:, 0], x + pairs, i.groups) + sums).pow(3).sum()
+        w = i.w.square().squeeze(1)
+        features = x + pairs + w[:, None]  # as in the second layer of a model
+        energy = (o.activated_sums(w, features, i.groups) + sums).pow(3).sum()
         forces = grad(energy, inputs, create_graph=True)
         results.append([*forces, *grad(sum(f.square().sum() for f in forces), inputs)])
     for found, expected in zip(*results, strict=True):
