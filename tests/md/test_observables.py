@@ -1,6 +1,7 @@
 """Streaming observables against plain numpy on gathered frames, and on several ranks against one."""
 
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,12 @@ from tests.parallel.pool import WorkerPool
 
 INTERVAL, LAST = 4, 54  # the last step is reported, but is no sample
 SAMPLED = range(0, LAST, INTERVAL)
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that fail leave their last good state in the working directory."""
+    monkeypatch.chdir(tmp_path)
 
 
 def observables() -> list:
