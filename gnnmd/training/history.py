@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from gnnmd.predict.checkpoint import write_atomically
 from gnnmd.predict.metrics import SHOWN_UNITS
 from gnnmd.training.module import LabelledGraph, PotentialModule
+from gnnmd.training.stopwatch import PARTS, Stopwatch
 from gnnmd.units import MEV
 
 #: Of metrics.csv; errors in eV/atom, eV/A, eV/A^3, as everywhere but on the screen.
@@ -25,7 +26,7 @@ COLUMNS = (
     *("epoch", "step", "seconds", "lr", "train_loss", "val_loss"),
     *(f"{split}_{name}_{s}" for split in ("train", "val") for name in SHOWN_UNITS for s in ("mae", "rmse")),
     *("train_forces_cosine", "val_forces_cosine", "grad_norm"),
-    *("atoms_per_s", "edges_per_s", "data_seconds", "validation_seconds", "peak_memory_MB"),
+    *("atoms_per_s", "edges_per_s", *(f"{part}_seconds" for part in PARTS), "peak_memory_MB"),
 )
 
 
@@ -35,13 +36,11 @@ class History(Callback):
     A file of our own instead of Lightning's CSVLogger: that one deletes the rows of the run that is resumed.
     """
 
-    def __init__(self, path: Path, console: Console) -> None:
-        self._path = path
-        self._console = console
+    def __init__(self, path: Path, console: Console, stopwatch: Stopwatch) -> None:
+        self._path, self._console, self._stopwatch = path, console, stopwatch
         self._rows: list[dict[str, str]] = []
-        self._epoch_start = self._ready = self._validation_start = 0.0
+        self._epoch_start = 0.0
         self._atoms = self._edges = 0
-        self._data_seconds = self._validation_seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the rows up to the checkpoint; print the head of the table."""
@@ -55,32 +54,17 @@ class History(Callback):
         self._console.print(f"{'epoch':>7}{'lr':>10}{units}{'s/epoch':>9}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks."""
-        self._epoch_start = self._ready = time.monotonic()
+        """Start counting."""
+        self._epoch_start = time.monotonic()
         self._atoms = self._edges = 0
-        self._data_seconds = self._validation_seconds = 0.0
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *given: Any) -> None:
-        """Add the time in which the batch was read and its graph built, and the rank's share of its size."""
+        """Count the rank's share of the batch."""
         batch: LabelledGraph = given[0]
-        self._data_seconds += time.monotonic() - self._ready
         self._atoms += len(batch.labels.numbers)  # shapes: nothing waits for the device
         self._edges += batch.graph.edge_index.shape[1]
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Start the clock of the next batch."""
-        self._ready = time.monotonic()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of the validation."""
-        self._validation_start = time.monotonic()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop it; the wait before the next batch does not count as reading data."""
-        self._validation_seconds += time.monotonic() - self._validation_start
-        self._ready = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the row of this epoch: the same numbers on every rank, one of which writes.
@@ -100,11 +84,14 @@ class History(Callback):
         train, val = errors.errors(), pl_module.val_errors
         spent = time.monotonic() - self._epoch_start
         mesh = pl_module.mesh
-        atoms, edges = mesh.world.sum(
-            torch.tensor([self._atoms, self._edges], dtype=torch.float64, device=mesh.world.device)
+        parts = self._stopwatch.seconds()
+        mine = [self._atoms, self._edges, *(parts.get(part, 0.0) for part in PARTS)]
+        atoms, edges, *times = mesh.world.sum(
+            torch.tensor(mine, dtype=torch.float64, device=mesh.world.device)
         ).tolist()
+        split = {part: total / mesh.world.size for part, total in zip(PARTS, times, strict=True)}
         memory = float(mesh.world.max(torch.tensor(_peak_memory(), device=mesh.world.device)))
-        trained = max(1e-9, spent - self._validation_seconds)
+        trained = max(1e-9, spent - split["validation"])
         before = float(self._rows[-1]["seconds"]) if self._rows else 0.0
         values: dict[str, Any] = {
             "epoch": trainer.current_epoch + 1,
@@ -118,8 +105,7 @@ class History(Callback):
             "grad_norm": pl_module.grad_norm,
             "atoms_per_s": round(atoms / trained, 1),
             "edges_per_s": round(edges / trained, 1),
-            "data_seconds": round(self._data_seconds, 3),
-            "validation_seconds": round(self._validation_seconds, 3),
+            **{f"{part}_seconds": round(mean, 3) for part, mean in split.items()},
             "peak_memory_MB": round(memory, 1),
         }
         if val:

@@ -1,6 +1,7 @@
 """One training step and one validation step, as Lightning wants them."""
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,6 +57,7 @@ class PotentialModule(LightningModule):
         val_errors: errors of this epoch's validation, eV/atom, eV/A, eV/A^3; empty where there was none.
         val_loss: loss of the last validation, with the weights of the end of the training so that epochs
             compare.
+        graph_seconds: what this rank's host has spent on building graphs.
 
     Losses and errors of an epoch are this rank's share while it lasts; `epoch_errors` adds those of the
     others.
@@ -93,6 +95,7 @@ class PotentialModule(LightningModule):
         self._grad_norm = torch.zeros(2, dtype=torch.float64)  # sum over steps, number of steps
         self.val_errors: dict[str, float] = {}
         self.val_loss = float("nan")
+        self.graph_seconds = 0.0
         self._random_state: Tensor | None = None
         self._cuda_random_state: Tensor | None = None
         self._val_meter = ErrorMeter()
@@ -110,7 +113,10 @@ class PotentialModule(LightningModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> LabelledGraph:
         """Build the graph: on the CPU, where looking at its values costs no synchronisation, or shared."""
-        return labelled_graph(self.potential, batch, self.mesh.gp)
+        start = time.monotonic()
+        graph = labelled_graph(self.potential, batch, self.mesh.gp)
+        self.graph_seconds += time.monotonic() - start
+        return graph
 
     def transfer_batch_to_device(
         self, batch: LabelledGraph, device: torch.device, dataloader_idx: int

@@ -45,6 +45,7 @@ from gnnmd.training.learning_curve import save_learning_curve
 from gnnmd.training.loggers import close_loggers, make_loggers
 from gnnmd.training.module import SHAPE, PotentialModule, labelled_graph, predict
 from gnnmd.training.settings import TrainConfig, TrainerConfig
+from gnnmd.training.stopwatch import Stopwatch
 from gnnmd.training.strategy import MeshStrategy, copy_from_first
 from gnnmd.units import seconds
 
@@ -194,9 +195,10 @@ def _train_on(
         mesh=mesh,
     )
     keep, stop = Checkpoints(folder, export, pace), StopBetweenSteps(console.print, mesh)
-    shown = _shown(config, console, folder, steps)
+    watch = Stopwatch()
+    shown = _shown(config, console, folder, steps, watch)
     with _quiet_lightning():
-        trainer = _trainer(config, folder, mesh, [*(callbacks or []), *shown, stop, keep])
+        trainer = _trainer(config, folder, mesh, [*(callbacks or []), *shown, stop, keep, watch])
         try:
             trainer.fit(module, data, ckpt_path=folder / STATE if resumed else None, weights_only=True)
         except SystemExit:  # how Lightning ends on KeyboardInterrupt; the callbacks have saved everything
@@ -427,8 +429,10 @@ def _describe(console: Console, potential: Potential, statistics: Statistics, me
         )
 
 
-def _shown(config: TrainConfig, console: Console, folder: Path, steps: int) -> list[Callback]:
-    shown: list[Callback] = [History(folder / METRICS, console)]
+def _shown(
+    config: TrainConfig, console: Console, folder: Path, steps: int, watch: Stopwatch
+) -> list[Callback]:
+    shown: list[Callback] = [History(folder / METRICS, console, watch)]
     if config.trainer.progress == "auto" and console.is_terminal:
         shown.append(LiveBar(steps, console))
     return shown
@@ -489,7 +493,7 @@ def check_resumable(folder: Path, config: TrainConfig) -> None:
             f"resume={folder}: no {CONFIG} there, so nothing tells whether this is the same run. Copy the "
             f"whole run folder, or use init_from={folder} to start a new run from its weights"
         )
-    mine, saved = _plain(asdict(config)), yaml.safe_load((folder / CONFIG).read_text())
+    mine, saved = _plain(asdict(config)), _read_config(folder)
     changed = [f"heads={saved['heads']}"] if saved["heads"] != mine["heads"] else []
     changed += [f"model.{k}={v}" for k, v in saved["model"].items() if mine["model"].get(k) != v]
     changed += [f"finetune.{k}={v}" for k, v in saved["finetune"].items() if mine["finetune"][k] != v]
@@ -498,6 +502,24 @@ def check_resumable(folder: Path, config: TrainConfig) -> None:
             f"resume={folder}: that run has {', '.join(changed)}, this configuration has not. Drop the "
             f"change, or use init_from={folder} to start a new run from its weights"
         )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        saved = yaml.safe_load((folder / CONFIG).read_text())
+    except (ValueError, yaml.YAMLError):
+        saved = None
+    sections = ("model", "finetune")
+    if (
+        not isinstance(saved, dict)
+        or "heads" not in saved
+        or not all(isinstance(saved.get(name), dict) for name in sections)
+    ):
+        raise ValueError(
+            f"resume={folder}: {CONFIG} is damaged. Copy it again from where the run was made, or use "
+            f"init_from={folder} to start a new run from its weights"
+        )
+    return saved
 
 
 def _stored_shape(folder: Path) -> Potential:

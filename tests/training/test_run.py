@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import ase.io
@@ -25,6 +26,7 @@ from gnnmd.predict import load_checkpoint
 from gnnmd.training.callbacks import BEST, LAST, STATE
 from gnnmd.training.run import evaluate, train
 from gnnmd.training.settings import ParallelConfig
+from gnnmd.training.stopwatch import PARTS
 from tests.training.conftest import columns
 from tests.training.jobs import PressCtrlC, fit
 
@@ -88,13 +90,34 @@ def test_a_run_leaves_everything_behind_that_it_promises(config, pictures):
 
 def test_each_epoch_tells_throughput_gradient_and_memory(config):
     folder = train(config).folder
-    names = ("seconds", "validation_seconds", "data_seconds", "atoms_per_s", "edges_per_s", "peak_memory_MB")
+    parts = [f"{part}_seconds" for part in PARTS]
+    names = ("seconds", "atoms_per_s", "edges_per_s", "peak_memory_MB", *parts)
     table = {name: columns(folder, name)[:, 0].astype(float) for name in (*names, "grad_norm")}
     assert all((values > 0).all() for values in table.values())
     spent = np.diff(table["seconds"], prepend=0.0)
     atoms = table["atoms_per_s"] * (spent - table["validation_seconds"])
     np.testing.assert_allclose(atoms, 40, rtol=0.2)  # 10 crystals of 4; the clocks are rounded to ms
-    assert (table["data_seconds"] + table["validation_seconds"] < spent).all()
+    split = sum(table[part] for part in parts)
+    assert (split < spent + 0.005).all()
+    assert split[1:].sum() > 0.8 * spent[1:].sum()  # nothing large is forgotten
+
+
+@pytest.mark.parametrize(
+    ("hook", "part"),
+    [
+        ("on_after_backward", "forward_backward"),
+        ("on_before_optimizer_step", "optimizer"),
+        ("on_validation_batch_end", "validation"),
+    ],
+)
+def test_a_delay_shows_in_the_part_that_it_is_in(config, hook, part):
+    config.trainer.max_epochs = 1
+    late = Callback()
+    setattr(late, hook, lambda *_: time.sleep(0.3))
+    folder = train(config, callbacks=[late]).folder
+    times = {name: float(columns(folder, f"{name}_seconds")[0, 0]) for name in PARTS}
+    assert times[part] >= 0.6  # 5 steps, 2 batches of validation
+    assert sum(times.values()) < times[part] + 0.6
 
 
 def test_two_frames_are_learnt_by_heart(config, frames):
