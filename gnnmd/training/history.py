@@ -21,12 +21,14 @@ from gnnmd.training.module import LabelledGraph, PotentialModule
 from gnnmd.training.stopwatch import PARTS, Stopwatch
 from gnnmd.units import MEV
 
+#: Columns that a clock or the memory of the process enters: nothing else differs from run to run.
+MEASURED = ("seconds", "atoms_per_s", "edges_per_s", *(f"{part}_seconds" for part in PARTS), "peak_memory_MB")
 #: Of metrics.csv; errors in eV/atom, eV/A, eV/A^3, as everywhere but on the screen.
 COLUMNS = (
     *("epoch", "step", "seconds", "lr", "train_loss", "val_loss"),
     *(f"{split}_{name}_{s}" for split in ("train", "val") for name in SHOWN_UNITS for s in ("mae", "rmse")),
     *("train_forces_cosine", "val_forces_cosine", "grad_norm"),
-    *("atoms_per_s", "edges_per_s", *(f"{part}_seconds" for part in PARTS), "peak_memory_MB"),
+    *MEASURED[1:],
 )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from gnnmd.parallel import Mesh, Ranks
 from gnnmd.training import losses, run, strategy
 from gnnmd.training.callbacks import STATE
+from gnnmd.training.history import MEASURED
 from gnnmd.training.settings import TrainConfig
 
 
@@ -108,7 +109,7 @@ def fit(group: Any, config: TrainConfig, fault: str = "") -> Trained | Seen:
         table={
             name: [float(row[i]) for row in rows if row[i]]
             for i, name in enumerate(header)
-            if name != "seconds"
+            if name not in MEASURED
         },
         weights=_flat(state, "potential."),
         average=_flat(state, "average."),
