@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import pickle
 import re
 import signal
 import threading
@@ -495,7 +496,10 @@ def check_resumable(folder: Path, config: TrainConfig) -> None:
         )
     mine, saved = _plain(asdict(config)), _read_config(folder)
     changed = [f"heads={saved['heads']}"] if saved["heads"] != mine["heads"] else []
-    changed += [f"model.{k}={v}" for k, v in saved["model"].items() if mine["model"].get(k) != v]
+    model = {k: v for k, v in saved["model"].items() if mine["model"].get(k) != v}
+    if "type" in model:  # then the other keys mean something else
+        model = {"type": model["type"]}
+    changed += [f"model.{k}={v}" for k, v in model.items()]
     changed += [f"finetune.{k}={v}" for k, v in saved["finetune"].items() if mine["finetune"][k] != v]
     if changed:
         raise ValueError(
@@ -524,8 +528,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _stored_shape(folder: Path) -> Potential:
     """Build the potential of a run to resume; its weights are loaded with the rest of the state."""
-    state = torch.load(folder / STATE, "cpu", weights_only=True, mmap=True)
-    return build_potential(from_dict(state[SHAPE]))
+    try:
+        shape = torch.load(folder / STATE, "cpu", weights_only=True, mmap=True)[SHAPE]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError):  # what torch makes of junk
+        raise ValueError(
+            f"resume={folder}: {STATE} is damaged or no state of gnnmd. Copy it again, or use "
+            f"init_from={folder} to start a new run from the weights beside it"
+        ) from None
+    return build_potential(from_dict(shape))
 
 
 def _write_config(folder: Path, config: TrainConfig, potential: Potential) -> None:

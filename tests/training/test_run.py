@@ -228,6 +228,25 @@ def test_saved_state_is_read_without_running_code(config, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"junk", b"a: [", b"model: 3\n", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("name", ["config.yaml", STATE])
+def test_damaged_files_of_a_run_to_resume_are_named_with_the_remedy(config, name, content, tmp_path):
+    config.trainer.max_epochs = 1
+    folder = train(config).folder
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is damaged.*init_from=") as refused:
+        train(replace(config, resume=str(folder)))
+    assert "\n" not in str(refused.value)
+
+
+def test_another_model_is_named_by_its_type_alone(config):
+    config.trainer.max_epochs = 1
+    folder = train(config).folder
+    other = replace(config, model=DPA3Config(), resume=str(folder))
+    with pytest.raises(ValueError, match="that run has model.type=escn_md, this configuration has not"):
+        train(other)
+
+
 def test_a_run_of_another_shape_is_not_resumed(config):
     folder = train(replace(config, trainer=replace(config.trainer, max_epochs=1))).folder
     other = replace(config, resume=str(folder), model=replace(config.model, channels=16))
