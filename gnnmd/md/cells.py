@@ -36,6 +36,31 @@ def project(m: Tensor, cell: str) -> Tensor:
     return (m + m.T) / 2
 
 
+def squares(m: Tensor, cell: str) -> Tensor:
+    """Return the squares of the independent parts of a matrix as `project` returns it; they add up to all.
+
+    Args:
+        m: ``[3, 3]``.
+        cell: one of `WAYS`, which gives their number.
+    """
+    diagonal = torch.diagonal(m).square()
+    if cell == "isotropic":
+        return diagonal.sum()[None]
+    if cell == "anisotropic":
+        return diagonal
+    return torch.cat((diagonal, 2 * torch.stack((m[0, 1], m[0, 2], m[1, 2])).square()))
+
+
+def spread(factors: Tensor, cell: str) -> Tensor:
+    """Return by what to multiply a matrix so that its independent parts (see `squares`) get these factors."""
+    if cell == "isotropic":
+        return factors
+    if cell == "anisotropic":
+        return torch.diag(factors)
+    xx, yy, zz, xy, xz, yz = factors.unbind()
+    return torch.stack((xx, xy, xz, xy, yy, yz, xz, yz, zz)).view(3, 3)
+
+
 def exponential(m: Tensor) -> Tensor:
     """Return the exponential of a ``[3, 3]`` matrix with entries below 1; never waits for the device."""
     one = identity(m)
@@ -67,7 +92,8 @@ def turn_back(s: State) -> None:
     back = rotation.T
     s.cell, s.positions, s.velocities = s.cell @ back, s.positions @ back, s.velocities @ back
     if "strain rate" in s.variables:
-        s.variables["strain rate"] = rotation @ s.variables["strain rate"] @ back
+        rate = rotation @ s.variables["strain rate"] @ back
+        s.variables["strain rate"] = (rate + rate.T) / 2  # thermostats would let the rounding grow
 
 
 def check_way(cell: str, pressure: float | Ramp) -> None:

@@ -122,16 +122,16 @@ def rescale(ensemble: Thermostatted, s: State, engine: Engine, kinetic: Tensor) 
 
 @dataclass(frozen=True)
 class Chain:
-    """A chain of Nose-Hoover thermostats on some kinetic energy.
+    """Chains of Nose-Hoover thermostats, each on some kinetic energy.
 
     Martyna, Klein and Tuckerman, J. Chem. Phys. 97 (1992) 2635; integrated as in Martyna, Tuckerman, Tobias
     and Klein, Mol. Phys. 87 (1996) 1117. Masses are f kT tau^2, kT tau^2, kT tau^2, ...
 
     Attributes:
-        freedom: degrees of freedom f that hold the kinetic energy.
+        freedom: degrees of freedom f that hold each kinetic energy.
         kt: eV, that sets the masses (of the highest temperature of a ramp).
         tau: time constant, A sqrt(amu/eV).
-        length: number of thermostats.
+        length: number of thermostats in a chain.
     """
 
     freedom: int
@@ -145,8 +145,9 @@ class Chain:
         return [(1 if j else self.freedom) * self.kt * self.tau**2 for j in range(self.length)]
 
     def energy(self, rates: Tensor) -> Tensor:
-        """Return the kinetic energy of the thermostats, eV."""
-        return sum((0.5 * q * v**2 for q, v in zip(self.masses, rates.unbind(), strict=True)), 0 * rates[0])
+        """Return the kinetic energy of all thermostats, eV."""
+        parts = (0.5 * q * v.square().sum() for q, v in zip(self.masses, rates.unbind(-1), strict=True))
+        return sum(parts, torch.zeros_like(rates.sum()))
 
     def act(
         self, rates: Tensor, twice_kinetic: Tensor, kt: float, dt: float
@@ -154,16 +155,16 @@ class Chain:
         """Let the thermostats act for a time.
 
         Args:
-            rates: ``[length]`` of the thermostats, 1/time.
-            twice_kinetic: twice the kinetic energy they control, eV.
+            rates: ``[..., length]`` of the thermostats, 1/time.
+            twice_kinetic: ``[...]`` twice the kinetic energies they control, eV.
             kt: wanted, eV.
             dt: time.
 
         Returns:
-            The factor of the velocities, the new rates, the heat that flowed in, less the kinetic energy of
-            the thermostats (minus the growth of their potential energy), eV.
+            The factors ``[...]`` of the velocities, the new rates, the heat that flowed in, less the kinetic
+            energy of the thermostats (minus the growth of their potential energy), eV.
         """
-        q, v = self.masses, list(rates.unbind())
+        q, v = self.masses, list(rates.unbind(-1))
         scale, heat = torch.ones_like(twice_kinetic), torch.zeros_like(twice_kinetic)
 
         def push(j: int, h: float) -> None:
@@ -182,7 +183,7 @@ class Chain:
             heat = heat - (h * kt) * (self.freedom * v[0] + sum(v[1:]))
             for j in range(self.length):
                 push(j, h)
-        return scale, torch.stack(v), heat
+        return scale, torch.stack(v, -1), heat.sum()
 
 
 @dataclass(frozen=True)
