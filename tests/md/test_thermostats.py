@@ -73,7 +73,8 @@ def test_what_is_conserved_does_not_drift_and_fluctuates_with_the_square_of_the_
         drift = np.polyfit(time * 1e-6, conserved, 1)[0] * 1e3 / 32  # meV/atom/ns
         assert kept["total_energy"].std() > 20 * conserved.std()
         assert abs(drift) < 25  # 1.5 ps: the fit's own error is 10; 60 ps in the slow test
-    assert 3 < rms[1] / rms[0] < 5
+    spread = 1.6 if integrator is BUSSI else 1.25  # two noises heat differently: 3.5 to 5.2 with 4 seeds
+    assert 4 / spread < rms[1] / rms[0] < 4 * spread
 
 
 @pytest.mark.slow
