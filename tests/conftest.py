@@ -4,6 +4,8 @@ import pytest
 
 from tests.parallel.pool import WorkerPool
 
+pytest.register_assert_rewrite("tests.models.conformance")
+
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[WorkerPool]:

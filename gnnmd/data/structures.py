@@ -20,8 +20,10 @@ def read_structure(structure: str, repeat: tuple[int, int, int] | None = None) -
 
     Raises:
         FileNotFoundError: neither a file nor the symbol of an element.
-        ValueError: a file without atoms that ASE can read.
+        ValueError: a file without atoms that ASE can read, or copies that are not three positive numbers.
     """
+    if repeat is not None and (len(repeat) != 3 or min(repeat) < 1):
+        raise ValueError(f"repeat must be three positive integers, e.g. 4 4 4; got {repeat}")
     if Path(structure).is_file():
         try:
             atoms, repeat = next(iread(structure, index=-1)), repeat or (1, 1, 1)

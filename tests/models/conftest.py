@@ -1,8 +1,6 @@
 import pytest
 import torch
 
-pytest.register_assert_rewrite("tests.models.conformance")
-
 
 @pytest.fixture(autouse=True)
 def _one_thread():
