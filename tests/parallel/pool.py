@@ -92,9 +92,6 @@ class WorkerPool:
             # The fork server imports torch once; its children start in milliseconds and share the pages.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["torch.distributed", "gnnmd.training.run", "ase"])
-        # One thread each: eight processes share two cores. Read when the fork server imports torch.
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(size):
             ours, theirs = context.Pipe()
@@ -107,10 +104,6 @@ class WorkerPool:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
 
     def close(self) -> None:
         """End the processes; the next `run` starts new ones."""

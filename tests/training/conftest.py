@@ -5,7 +5,6 @@ import io
 import ase.io
 import numpy as np
 import pytest
-import torch
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
 from rich.console import Console
@@ -101,14 +100,6 @@ def pictures():
 def console():
     """Remember what is told."""
     return Console(record=True, width=200, file=io.StringIO(), highlight=False, markup=False, soft_wrap=True)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def columns(folder, *prefixes):
