@@ -1,6 +1,6 @@
 """Graph parallelism: who owns which atom, and how the rows of the others are fetched."""
 
-from gnnmd.parallel.context import AllGatherContext, GPContext
+from gnnmd.parallel.context import AllGatherContext, GPContext, TimedContext
 from gnnmd.parallel.mesh import Mesh
 from gnnmd.parallel.plan import Plan, build_plan, share_of
 from gnnmd.parallel.ranks import RankFailure, Ranks
@@ -14,6 +14,7 @@ __all__ = [
     "Plan",
     "RankFailure",
     "Ranks",
+    "TimedContext",
     "WorkerDied",
     "Workers",
     "World",

@@ -4,14 +4,15 @@ Model code is bipartite message passing (owned + ghost atoms in, owned atoms out
 On one rank each of them is the identity, so the same model code runs on one device and on many.
 """
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gnnmd.parallel.exchange import Flight, Pending, exchange_rows, sum_ranks, sum_shared
+from gnnmd.parallel.exchange import Flight, Pending, WaitClock, exchange_rows, sum_ranks, sum_shared
 from gnnmd.parallel.ranks import all_gather_rows, reduce_scatter_rows
 
 
@@ -107,7 +108,7 @@ class GPContext:
         All-reduce forward, identity backward: the cotangent of such a result is already the same on every
         rank.
         """
-        return partial if self.group is None else sum_ranks(partial, self.group)
+        return partial if self.group is None else sum_ranks(partial, self)
 
     def sum_shared(self, partial: Tensor) -> Tensor:
         """Sum over ranks what every rank feeds back into its own atoms (channel balancing, routing).
@@ -115,7 +116,7 @@ class GPContext:
         All-reduce forward and all-reduce backward: each rank's energy depends on the sum, so the cotangents
         of all ranks add.
         """
-        return partial if self.group is None else sum_shared(partial, self.group)
+        return partial if self.group is None else sum_shared(partial, self)
 
     def ghost_owners(self) -> Tensor:
         """Return ``[n_ghost]`` int64, the rank that owns each ghost."""
@@ -153,6 +154,12 @@ class GPContext:
             packed, ghosts.contiguous(), self.send_splits, self.recv_splits, group=self.group, async_op=True
         )
         return Flight(work, add)
+
+    def add(self, partial: Tensor) -> Tensor:
+        """Return the sum over ranks, leaving ``partial`` as it is; not differentiable."""
+        total = partial.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.group)
+        return total
 
     def _check_rows(self, owned: Tensor) -> None:
         if owned.shape[0] != self.n_owned:
@@ -217,6 +224,38 @@ class AllGatherContext(GPContext):
         mine = ghosts.new_empty(self.capacity, *ghosts.shape[1:])
         work = reduce_scatter_rows(mine, rows, group=self.group, async_op=True)
         return Flight(work, lambda: mine[: self.n_owned])
+
+
+@dataclass(frozen=True)
+class TimedContext(GPContext):
+    """The same share of the graph, and a clock that runs while this rank waits for others.
+
+    Attributes:
+        clock: entered for every wait, of forward and backward passes; on a GPU what is issued in it stands
+            before and after the wait of the stream.
+    """
+
+    clock: WaitClock = nullcontext
+
+    @classmethod
+    def of(cls, gp: GPContext, clock: WaitClock) -> "TimedContext":
+        """Return ``gp`` with a clock."""
+        given = {f.name: getattr(gp, f.name) for f in fields(GPContext)}
+        given["near"] = None if gp.near is None else cls.of(gp.near, clock)
+        return cls(**given, clock=clock)
+
+    def fetch(self, owned: Tensor) -> Flight:
+        """Start sending owned rows to their copies."""
+        return replace(super().fetch(owned), clock=self.clock)
+
+    def give_back(self, ghosts: Tensor) -> Flight:
+        """Start sending ghosts' rows home."""
+        return replace(super().give_back(ghosts), clock=self.clock)
+
+    def add(self, partial: Tensor) -> Tensor:
+        """Return the sum over ranks."""
+        with self.clock():
+            return super().add(partial)
 
 
 @dataclass(frozen=True)

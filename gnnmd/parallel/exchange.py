@@ -2,10 +2,11 @@
 
 A `Route` moves rows: `fetch` brings owners' rows to the ghosts, `give_back` is its transpose and adds ghosts'
 rows to their owners'. Each is the other's derivative, so an exchange can be differentiated any number of
-times, as training on forces does twice.
+times, as training on forces does twice. `add` sums what all ranks have.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+#: Is entered while this rank (on a GPU: its stream) waits for others.
+WaitClock = Callable[[], AbstractContextManager[None]]
+
 
 @dataclass
 class Flight:
@@ -21,17 +25,19 @@ class Flight:
 
     work: dist.Work
     unpack: Callable[[], Tensor]
+    clock: WaitClock = nullcontext
 
     def land(self) -> Tensor:
         """Return the rows; on a GPU only the stream waits, not the host."""
-        self.work.wait()
+        with self.clock():
+            self.work.wait()
         return self.unpack()
 
 
 class Route(Protocol):
     """How rows get from owned atoms to their ghosts and back.
 
-    Both methods are collective: every rank of the group calls them in the same order, also with no rows.
+    All methods are collective: every rank of the group calls them in the same order, also with no rows.
     """
 
     @property
@@ -47,6 +53,9 @@ class Route(Protocol):
 
     def give_back(self, ghosts: Tensor) -> Flight:
         """Send ``[n_ghost, ...]``; their sums over all copies of each owned row ``[n_owned, ...]`` land."""
+
+    def add(self, partial: Tensor) -> Tensor:
+        """Return the sum over ranks, leaving ``partial`` as it is."""
 
 
 class _Exchange(Function):
@@ -139,8 +148,8 @@ class _Land(Function):
 
 class _SumRanks(Function):
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return all_reduce(partial, group)
+    def forward(ctx: Any, partial: Tensor, route: Route) -> Tensor:
+        return route.add(partial)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -149,27 +158,20 @@ class _SumRanks(Function):
 
 class _SumShared(Function):
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return all_reduce(partial, group)
+    def forward(ctx: Any, partial: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        return route.add(partial)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _SumShared.apply(grads[0], ctx.group), None
+        return _SumShared.apply(grads[0], ctx.route), None
 
 
-def sum_ranks(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+def sum_ranks(partial: Tensor, route: Route) -> Tensor:
     """Sum over ranks a result that leaves the model: all-reduce forward, identity backward."""
-    return _SumRanks.apply(partial, group)
+    return _SumRanks.apply(partial, route)
 
 
-def sum_shared(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+def sum_shared(partial: Tensor, route: Route) -> Tensor:
     """Sum over ranks what every rank feeds back into its atoms: all-reduce forward and backward."""
-    return _SumShared.apply(partial, group)
-
-
-def all_reduce(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the sum over ranks, leaving ``partial`` as it is; not differentiable."""
-    total = partial.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
+    return _SumShared.apply(partial, route)

@@ -18,11 +18,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from gnnmd.predict.checkpoint import write_atomically
 from gnnmd.predict.metrics import SHOWN_UNITS
 from gnnmd.training.module import LabelledGraph, PotentialModule
-from gnnmd.training.stopwatch import PARTS, Stopwatch
+from gnnmd.training.stopwatch import COMMUNICATION, PARTS, Stopwatch
 from gnnmd.units import MEV
 
 #: Columns that a clock or the memory of the process enters: nothing else differs from run to run.
-MEASURED = ("seconds", "atoms_per_s", "edges_per_s", *(f"{part}_seconds" for part in PARTS), "peak_memory_MB")
+MEASURED = (
+    *("seconds", "atoms_per_s", "edges_per_s"),
+    *(f"{part}_seconds" for part in (*PARTS, COMMUNICATION)),
+    "peak_memory_MB",
+)
 #: Of metrics.csv; errors in eV/atom, eV/A, eV/A^3, as everywhere but on the screen.
 COLUMNS = (
     *("epoch", "step", "seconds", "lr", "train_loss", "val_loss"),
@@ -87,11 +91,12 @@ class History(Callback):
         spent = time.monotonic() - self._epoch_start
         mesh = pl_module.mesh
         parts = self._stopwatch.seconds()
-        mine = [self._atoms, self._edges, *(parts.get(part, 0.0) for part in PARTS)]
+        names = (*PARTS, COMMUNICATION)
+        mine = [self._atoms, self._edges, *(parts.get(name, 0.0) for name in names)]
         atoms, edges, *times = mesh.world.sum(
             torch.tensor(mine, dtype=torch.float64, device=mesh.world.device)
         ).tolist()
-        split = {part: total / mesh.world.size for part, total in zip(PARTS, times, strict=True)}
+        split = {part: total / mesh.world.size for part, total in zip(names, times, strict=True)}
         memory = float(mesh.world.max(torch.tensor(_peak_memory(), device=mesh.world.device)))
         trained = max(1e-9, spent - split["validation"])
         before = float(self._rows[-1]["seconds"]) if self._rows else 0.0

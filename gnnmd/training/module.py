@@ -15,7 +15,8 @@ from gnnmd.data.datamodule import AtomsLoader
 from gnnmd.graph import AtomBatch, AtomGraph, NeighborList
 from gnnmd.models.build import to_dict
 from gnnmd.models.potential import Potential, Prediction
-from gnnmd.parallel import GPContext, Mesh, Ranks
+from gnnmd.parallel import GPContext, Mesh, Ranks, TimedContext
+from gnnmd.parallel.exchange import WaitClock
 from gnnmd.predict.metrics import ErrorMeter
 from gnnmd.training.losses import LossConfig, loss_sums, weighted_sum
 from gnnmd.training.optim import OptimConfig, build_optimizer, update_average
@@ -58,6 +59,7 @@ class PotentialModule(LightningModule):
         val_loss: loss of the last validation, with the weights of the end of the training so that epochs
             compare.
         graph_seconds: what this rank's host has spent on building graphs.
+        wait_clock: is entered while a training step waits for the ranks that share its graph.
 
     Losses and errors of an epoch are this rank's share while it lasts; `epoch_errors` adds those of the
     others.
@@ -96,6 +98,7 @@ class PotentialModule(LightningModule):
         self.val_errors: dict[str, float] = {}
         self.val_loss = float("nan")
         self.graph_seconds = 0.0
+        self.wait_clock: WaitClock | None = None
         self._random_state: Tensor | None = None
         self._cuda_random_state: Tensor | None = None
         self._val_meter = ErrorMeter()
@@ -127,9 +130,12 @@ class PotentialModule(LightningModule):
     def training_step(self, batch: LabelledGraph, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         weights = self._weights(self.global_step / max(1, self._total_steps))
-        prediction = self.potential(batch.labels.positions, batch.graph, batch.gp, stress="stress" in weights)
+        gp = batch.gp
+        if self.wait_clock is not None and gp.group is not None:
+            gp = TimedContext.of(gp, self.wait_clock)
+        prediction = self.potential(batch.labels.positions, batch.graph, gp, stress="stress" in weights)
         sums = loss_sums(self.loss, set(weights), prediction, batch.labels, batch.graph.n_atoms)
-        loss = weighted_sum(sums, weights, batch.gp, self.mesh)
+        loss = weighted_sum(sums, weights, gp, self.mesh)
         self.train_errors.update(prediction, batch.labels, batch.graph.n_atoms)
         self._train_loss = self._train_loss.to(loss.device) + torch.stack(
             [loss.detach(), torch.ones_like(loss)]

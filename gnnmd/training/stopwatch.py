@@ -2,7 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,8 @@ from gnnmd.training.module import PotentialModule
 
 #: Parts of an epoch, in the order in which a step goes through them.
 PARTS = ("data", "graph", "forward_backward", "optimizer", "validation")
+#: Of forward_backward: the waits for the ranks that share the graph.
+COMMUNICATION = "communication"
 
 
 class Mark(Protocol):
@@ -82,6 +85,7 @@ class Stopwatch(Callback):
     - data: the host waits for the next batch and sends it;
     - graph: the host builds the graph, or the ranks plan and share it;
     - forward_backward: from there to the end of the backward pass, on the device;
+      communication is the part of it in which a step waits for the ranks that share its graph;
     - optimizer: adding up gradients over ranks, clipping, the step, the average, agreeing to go on, saving
       inside an epoch; on the device;
     - validation: on the host.
@@ -105,6 +109,8 @@ class Stopwatch(Callback):
         """Choose the clock of the device."""
         if pl_module.device.type == "cuda":
             self._spans = Spans(lambda: torch.cuda.Event(enable_timing=True))
+        assert isinstance(pl_module, PotentialModule)
+        pl_module.wait_clock = self._waiting
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start afresh."""
@@ -141,6 +147,12 @@ class Stopwatch(Callback):
         """Stop it; what happens before the next batch does not count as reading data."""
         self._host["validation"] += time.monotonic() - self._validation_start
         self._wait(pl_module)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        start = self._spans.mark()
+        yield
+        self._spans.add(COMMUNICATION, start, self._spans.mark(), last=True)
 
     def _wait(self, module: LightningModule) -> None:
         assert isinstance(module, PotentialModule)

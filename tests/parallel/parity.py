@@ -33,7 +33,7 @@ class DoubledSum(GPContext):
     """All-reduces the gradient of a result that is already the same on every rank."""
 
     def sum_ranks(self, partial):
-        return sum_shared(partial, self.group)
+        return sum_shared(partial, self)
 
 
 class SharedAsResult(GPContext):

@@ -1,9 +1,11 @@
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 
-from gnnmd.parallel import AllGatherContext, GPContext
+from gnnmd.parallel import AllGatherContext, GPContext, TimedContext
 from tests.parallel.pool import RankError
 
 
@@ -155,6 +157,32 @@ def parameter_gradient_of_mean_energy(group) -> torch.Tensor:
 def test_gradient_through_sum_ranks_is_not_multiplied_by_the_number_of_ranks(pool):
     n = sum(owned_counts(4))
     assert float(sum(pool.run(4, parameter_gradient_of_mean_energy))) == pytest.approx(2 * n * n / 49)
+
+
+def count_waits(group) -> list[int]:
+    """Return how often a rank has waited after each of several steps."""
+    waits, seen = [], []
+    gp = context(group)
+    gp = TimedContext.of(replace(gp, near=gp), lambda: nullcontext(waits.append(1)))
+    x = rows_of_all(group.size(), 4)[group.rank()].requires_grad_()
+    y = gp.exchange(x)
+    seen.append(len(waits))
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    seen.append(len(waits))
+    gradient.square().sum().backward()  # back through the gradient (fetch), and through the rows (give_back)
+    seen.append(len(waits))
+    pending = gp.between_layers.start_exchange(x)
+    seen.append(len(waits))
+    pending.finish().sum().backward()
+    seen.append(len(waits))
+    gp.sum_ranks(x.sum()).backward()
+    seen.append(len(waits))
+    gp.sum_shared(x.sum()).backward()
+    return [*seen, len(waits)]
+
+
+def test_every_wait_for_other_ranks_is_timed(pool):
+    assert pool.run(2, count_waits) == [[1, 2, 4, 4, 6, 7, 9]] * 2
 
 
 def test_one_rank_without_process_group_is_the_identity():

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,11 +13,14 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from gnnmd.parallel import Mesh, Ranks
+from gnnmd.parallel import GPContext, Mesh, Ranks, TimedContext
 from gnnmd.training import losses, run, strategy
 from gnnmd.training.callbacks import STATE
 from gnnmd.training.history import MEASURED
 from gnnmd.training.settings import TrainConfig
+
+#: How much too late a rank can be made to start an exchange, s.
+LATE = 0.1
 
 
 @dataclass
@@ -79,7 +83,11 @@ class Watch(Callback):
 
 @dataclass
 class Trained:
-    """What a run leaves: columns of its table by name, both sets of weights, test errors, parity pairs."""
+    """What a run leaves: columns of its table by name, both sets of weights, test errors, parity pairs.
+
+    Attributes:
+        times: the columns of seconds, which are not in the table.
+    """
 
     seen: Seen
     table: dict[str, list[float]]
@@ -87,6 +95,7 @@ class Trained:
     average: Tensor
     errors: dict[str, float]
     pairs: dict[str, Tensor]
+    times: dict[str, list[float]]
 
 
 def fit(group: Any, config: TrainConfig, fault: str = "") -> Trained | Seen:
@@ -114,6 +123,11 @@ def fit(group: Any, config: TrainConfig, fault: str = "") -> Trained | Seen:
         weights=_flat(state, "potential."),
         average=_flat(state, "average."),
         errors=result.errors,
+        times={
+            name.removesuffix("_seconds"): [float(row[i]) for row in rows]
+            for i, name in enumerate(header)
+            if name.endswith("_seconds")
+        },
         pairs={name: torch.from_numpy(p).sort().values for name, p in pairs.items()},
     )
 
@@ -170,6 +184,15 @@ def _seed_of(ranks: Ranks, right: Any = torch.manual_seed) -> Any:
     return patch.object(torch, "manual_seed", lambda seed: right(seed + ranks.rank))
 
 
+def _late(ranks: Ranks, right: Any = GPContext.exchange) -> Any:
+    def exchange(gp: GPContext, owned: Tensor) -> Tensor:
+        if ranks.rank == 1 and isinstance(gp, TimedContext):
+            time.sleep(LATE)
+        return right(gp, owned)
+
+    return patch.object(GPContext, "exchange", exchange)
+
+
 #: What the tests must notice, and a random start that they must not.
 FAULTS: dict[str, Callable[[Ranks], Any]] = {
     "no sum over ranks": lambda ranks: _reduction(lambda parameters, mesh: None),
@@ -177,6 +200,7 @@ FAULTS: dict[str, Callable[[Ranks], Any]] = {
     "counts of one rank": lambda ranks: patch("gnnmd.training.module.weighted_sum", _own_counts),
     "repeated frames count": lambda ranks: patch("gnnmd.data.datamodule.AtomsLoader.repeats", _never),
     "other random start": _seed_of,
+    "rank 1 is late": _late,
 }
 
 

@@ -24,6 +24,12 @@ def test_training_on_gpus_is_that_of_one_cpu_process(config, gp, dp):
     assert found.errors.keys() == expected.errors.keys()
     for name, error in expected.errors.items():
         assert found.errors[name] == pytest.approx(error, rel=1e-8), name
+    waits, whole = (
+        columns(found.folder, f"{part}_seconds").astype(float).sum()
+        for part in ("communication", "forward_backward")
+    )
+    assert (waits > 0) == (gp > 1)
+    assert waits < whole
     curves = [columns(r.folder, "train_loss", "val_forces_mae") for r in (found, expected)]
     a, b = (np.array([[float(x) for x in row if x] for row in c]) for c in curves)
     np.testing.assert_allclose(a, b, rtol=1e-8)

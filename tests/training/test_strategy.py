@@ -13,7 +13,7 @@ from gnnmd.training.callbacks import STATE
 from gnnmd.training.settings import ParallelConfig
 from tests.parallel.pool import RankError
 from tests.training.conftest import labelled
-from tests.training.jobs import fail, fit, reduced, stop_one
+from tests.training.jobs import LATE, fail, fit, reduced, stop_one
 
 MESHES = [(2, 1), (1, 2), (2, 2)]
 
@@ -118,6 +118,18 @@ def test_a_forgotten_sum_would_be_noticed(config, pool, fault, gp, dp):
         assert abs(found.errors["forces_mae"] / expected.errors["forces_mae"] - 1) > 1e-3
     else:
         assert gradient_deviation(ranks[0].gradient, expected.seen.gradient) > 1e-3
+
+
+def test_waiting_for_a_late_rank_counts_as_communication(config, pool):
+    """Rank 1 is late before each exchange of a forward pass; rank 0 waits for it."""
+    config.trainer = replace(config.trainer, max_epochs=2)
+    found, _ = on_ranks(pool, meshed(config, 2, 1), "rank 1 is late")
+    for communication, whole in zip(
+        found.times["communication"], found.times["forward_backward"], strict=True
+    ):
+        assert 4 * LATE / 2 < communication < whole  # steps of an epoch; the mean of both ranks
+    alone, _ = on_ranks(pool, config)
+    assert alone.times["communication"] == [0.0, 0.0]
 
 
 def test_rank_0_decides_where_the_weights_start(config, pool):
