@@ -13,7 +13,7 @@ from torch_geometric.data import Batch
 from torch_geometric.loader import DataLoader
 
 from gnnmd.data.dataset import AtomsDataset
-from gnnmd.data.readers import read_frames
+from gnnmd.data.readers import read_sources
 from gnnmd.data.sampler import AtomsBatchSampler
 from gnnmd.data.silver import silver_file
 from gnnmd.data.statistics import Statistics
@@ -28,7 +28,8 @@ class DataConfig:
 
     Attributes:
         train: a path or pattern or a list of them (see `read_frames`), or "silver", the built-in set.
-        val: likewise; None takes ``val_split`` from the training frames ("silver" has its own).
+        val: likewise; None takes ``val_split`` from the training frames ("silver" has its own). Errors are
+            also told for each entry of a list, see `read_sources`.
         test: likewise; None takes ``test_split`` from the training frames, after val.
         val_split: below 1 a fraction of the training frames, from 1 on a number of frames.
         test_split: likewise; 0 for none.
@@ -208,20 +209,30 @@ class AtomsDataModule(LightningDataModule):
             raise ValueError("there is no test set; name data.test, or set data.test_split above 0")
         return self._loader(self.test_set, shuffle=False)
 
-    def _read(self, source: Any, split: str) -> list[Atoms]:
+    def _read(self, source: Any, split: str) -> list[tuple[Atoms, str]]:
+        """Return frames and the data set of each."""
         if source is None:
             return []
         config = self.config
         keys = LabelKeys(config.energy_key, config.forces_key, config.stress_key, config.virial_key)
         if source == SILVER:
             source, keys = silver_file(split), LabelKeys()
-        return read_frames(source, keys=keys, dataset=config.dataset, type_map=config.type_map, labelled=True)
+        frames, sources = read_sources(
+            source, keys=keys, dataset=config.dataset, type_map=config.type_map, labelled=True
+        )
+        return list(zip(frames, sources, strict=True))
 
-    def _with_edges(self, frames: list[Atoms]) -> AtomsDataset:
+    def _with_edges(self, named: list[tuple[Atoms, str]]) -> AtomsDataset:
+        frames, sources = zip(*named, strict=True)
         counted: Literal["count", "skip"] = "skip" if self.config.max_edges is None else "count"
         edges = counted if self.share_graphs else "keep"
         return AtomsDataset(
-            frames, self.r_cut, max_neighbors=self.max_neighbors, edges=edges, progress=self.progress
+            frames,
+            self.r_cut,
+            max_neighbors=self.max_neighbors,
+            edges=edges,
+            progress=self.progress,
+            sources=sources,
         )
 
     def _loader(self, dataset: AtomsDataset, *, shuffle: bool, accumulate: int = 1) -> AtomsLoader:

@@ -22,13 +22,16 @@ class AtomsDataset(Dataset[Data]):
     """Frames with their neighbour lists, built once and kept in memory (unless told otherwise).
 
     An item has the fields of `AtomBatch.to_data` and ``edge_index [2, E]``, ``shift [E, 3]`` (int64) and
-    ``n_edges``. Collated by PyG, a batch feeds `AtomBatch.from_data` and ``NeighborList(batch.edge_index,
-    batch.shift, r_cut)``: the edges of later frames are renumbered, so the list stays sorted by target.
+    ``n_edges``, and ``source [1]``. Collated by PyG, a batch feeds `AtomBatch.from_data` and
+    ``NeighborList(batch.edge_index, batch.shift, r_cut)``: the edges of later frames are renumbered, so the
+    list stays sorted by target.
 
     Attributes:
         r_cut: Angstrom.
         n_atoms: ``[F]`` int64, atoms per frame.
         n_edges: ``[F]`` int64, edges per frame; None if they were not counted.
+        sources: names of the data sets that the frames are of, in order of appearance; an item's ``source``
+            is one of their numbers.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class AtomsDataset(Dataset[Data]):
         max_neighbors: int | None = None,
         edges: Literal["keep", "count", "skip"] = "keep",
         progress: bool = True,
+        sources: Sequence[str] | None = None,
     ):
         """Build the neighbour lists.
 
@@ -49,6 +53,7 @@ class AtomsDataset(Dataset[Data]):
             edges: keep them; count them only; or neither, for ranks that share a graph and list its edges
                 together (items then have none).
             progress: show a bar if it takes long.
+            sources: data set of each frame, as `read_sources` names it; None takes them for one.
 
         Raises:
             ValueError: no frames.
@@ -61,6 +66,10 @@ class AtomsDataset(Dataset[Data]):
             _item(atoms, r_cut, max_neighbors, edges)
             for atoms in track(frames, "neighbour lists", transient=True, disable=quiet)
         ]
+        sources = sources or [""] * len(frames)
+        self.sources = tuple(dict.fromkeys(sources))
+        for item, source in zip(self._items, sources, strict=True):
+            item.source = torch.tensor([self.sources.index(source)])
         self.n_atoms = torch.tensor([len(item.z) for item in self._items])
         self.n_edges = None if edges == "skip" else torch.tensor([item.n_edges for item in self._items])
 

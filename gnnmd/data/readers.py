@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from io import StringIO
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import ase.db
 import ase.io
@@ -68,6 +69,32 @@ def read_frames(
                 f"{source}{index}: no frames. Check that the file is complete and the index inside it."
             )
     return frames
+
+
+def read_sources(path: PathLike | Sequence[PathLike], **options: Any) -> tuple[list[Atoms], list[str]]:
+    """Read frames as `read_frames` does, and name the data set that each is of.
+
+    Frames that name several levels of theory are told apart by these, others by the entry of the list
+    ``path`` that they come from (a pattern or a directory is one entry, of whatever number of files), without
+    the folders that all entries share.
+    """
+    entries = [os.fspath(entry) for entry in _listed(path)]
+    frames: list[Atoms] = []
+    sources: list[str] = []
+    for entry, name in zip(entries, _distinct(entries), strict=True):
+        frames += read_frames(entry, **options)
+        sources += [name] * (len(frames) - len(sources))
+    levels = [str(atoms.info.get("dataset", "")) for atoms in frames]
+    if len(set(levels) - {""}) > 1:
+        sources = [level or source for level, source in zip(levels, sources, strict=True)]
+    return frames, sources
+
+
+def _distinct(entries: Sequence[str]) -> list[str]:
+    parts = [Path(entry).parts for entry in entries]
+    while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    return ["/".join(p) for p in parts]
 
 
 def check_exist(path: PathLike | Sequence[PathLike]) -> None:

@@ -1,11 +1,13 @@
 """The commands ``gnnmd info``, ``gnnmd convert``, ``gnnmd predict`` and ``gnnmd evaluate``."""
 
 import argparse
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ase.io
+import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import chemical_symbols
@@ -14,7 +16,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from gnnmd.data.readers import read_frames
+from gnnmd.data.readers import read_frames, read_sources
 from gnnmd.data.silver import load_silver
 from gnnmd.graph import AtomBatch, LabelKeys
 from gnnmd.models.potential import Prediction
@@ -77,9 +79,9 @@ def predict(argv: Sequence[str]) -> int:
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """Compare predictions with the labels of a file: a table of errors and a parity plot."""
+    """Compare predictions with the labels of files: a table of errors and a parity plot."""
     parser = argparse.ArgumentParser("gnnmd evaluate", description=evaluate.__doc__)
-    _add_common(parser)
+    _add_common(parser, nargs="+")
     parser.add_argument("--plot", type=Path, default=Path("parity.png"), help="PNG to write (%(default)s)")
     defaults = LabelKeys()
     for name in ("energy", "forces", "stress", "virial"):
@@ -89,16 +91,18 @@ def evaluate(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     with _unit(args) as unit:
         keys = LabelKeys(args.energy_key, args.forces_key, args.stress_key, args.virial_key)
-        frames = _frames(args, keys)
+        frames, sources = _labelled_frames(args, keys)
         prediction, labels = _predict(unit, frames), AtomBatch.from_ase(frames)
-    meter, parity = ErrorMeter(per_element=True), Parity()
-    meter.update(prediction, labels)
+    names = list(dict.fromkeys(sources))
+    meter, parity = ErrorMeter(per_element=True, sources=names), Parity()
+    meter.update(prediction, labels, source=torch.tensor([names.index(source) for source in sources]))
     parity.update(prediction, labels)
+    given = ", ".join(args.input)
     console = _console()
-    console.print(f"{args.checkpoint} on {args.input}: {len(frames)} frames, {len(labels.numbers)} atoms")
+    console.print(f"{args.checkpoint} on {given}: {len(frames)} frames, {len(labels.numbers)} atoms")
     console.print(error_table(meter.errors()))
     args.plot.parent.mkdir(parents=True, exist_ok=True)
-    console.print(f"parity plot: {save_parity_plot(args.plot, parity.pairs(), str(args.input))}")
+    console.print(f"parity plot: {save_parity_plot(args.plot, parity.pairs(), given)}")
     return 0
 
 
@@ -106,10 +110,12 @@ def _console() -> Console:
     return Console(markup=False, highlight=False)  # file names may hold brackets
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     parser.add_argument("checkpoint", help='a .safetensors file, or the name of a shipped one ("silver")')
     parser.add_argument(
-        "input", help='whatever ASE reads, a DeePMD system, or "silver" for the built-in test set'
+        "input",
+        nargs=nargs,
+        help='whatever ASE reads, a DeePMD system, or "silver" for the built-in test set',
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--workers", type=int, help="spread every frame over so many GPUs (or processes)")
@@ -127,11 +133,20 @@ def _unit(args: argparse.Namespace) -> PredictUnit:
     )
 
 
-def _frames(args: argparse.Namespace, keys: LabelKeys | None = None) -> list[Atoms]:
-    """Read the input; with ``keys``, every frame must have labels."""
-    if args.input == "silver" and not Path(args.input).exists():
-        return load_silver("test")
-    return read_frames(args.input, keys=keys, dataset=args.dataset, labelled=keys is not None)
+def _frames(args: argparse.Namespace) -> list[Atoms]:
+    return load_silver("test") if _is_silver(args.input) else read_frames(args.input, dataset=args.dataset)
+
+
+def _labelled_frames(args: argparse.Namespace, keys: LabelKeys) -> tuple[list[Atoms], list[str]]:
+    """Read all inputs; return the frames and the data set that each is of."""
+    if args.input == ["silver"] and _is_silver("silver"):
+        frames = load_silver("test")
+        return frames, ["silver"] * len(frames)
+    return read_sources(args.input, keys=keys, dataset=args.dataset, labelled=True)
+
+
+def _is_silver(name: str) -> bool:
+    return name == "silver" and not Path(name).exists()
 
 
 def _predict(unit: PredictUnit, frames: list[Atoms]) -> Prediction:
@@ -176,9 +191,9 @@ def _summary(found: CheckpointInfo) -> dict[str, str]:
 
 def _shown(key: str, value: Any) -> str:
     """Return a value for a person: errors in meV, tables by element, long lists by their length."""
-    quantity, _, measure = key.rpartition(".")[2].partition("_")
-    if quantity in SHOWN_UNITS and measure.startswith(("mae", "rmse")) and value is not None:
-        return f"{value * MEV:.3f} {SHOWN_UNITS[quantity]}"
+    error = re.match(r"(?:.*\.)?(energy|forces|stress)_(?:mae|rmse)", key)
+    if error and value is not None:
+        return f"{value * MEV:.3f} {SHOWN_UNITS[error[1]]}"
     if isinstance(value, list) and len(value) == len(chemical_symbols):
         return "  ".join(f"{symbol} {v:.6g}" for symbol, v in zip(chemical_symbols, value, strict=True) if v)
     if isinstance(value, list) and len(value) > _LONGEST_SHOWN:

@@ -27,7 +27,8 @@ MEASURED = (
     *(f"{part}_seconds" for part in (*PARTS, COMMUNICATION)),
     "peak_memory_MB",
 )
-#: Of metrics.csv; errors in eV/atom, eV/A, eV/A^3, as everywhere but on the screen.
+#: Of metrics.csv; errors in eV/atom, eV/A, eV/A^3, as everywhere but on the screen. Columns of elements and
+#: data sets, where there are several, follow: ``val_forces_mae_Ag``, ``val_energy_mae@NAME``.
 COLUMNS = (
     *("epoch", "step", "seconds", "lr", "train_loss", "val_loss"),
     *(f"{split}_{name}_{s}" for split in ("train", "val") for name in SHOWN_UNITS for s in ("mae", "rmse")),
@@ -118,7 +119,7 @@ class History(Callback):
         if val:
             values |= {"val_loss": pl_module.val_loss}
             values |= {f"val_{name}": error for name, error in val.items()}
-        self._rows.append({name: repr(values[name]) if name in values else "" for name in COLUMNS})
+        self._rows.append({name: repr(value) for name, value in values.items()})
         if trainer.is_global_zero:
             self._write()
         for logger in trainer.loggers:
@@ -127,7 +128,8 @@ class History(Callback):
 
     def _write(self) -> None:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        names = dict.fromkeys([*COLUMNS, *(name for row in self._rows for name in row)])
+        writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self._rows)
         write_atomically(self._path, text.getvalue().encode())

@@ -34,15 +34,19 @@ class LabelledGraph:
         labels: per-atom rows are those of the atoms this rank owns, per-system ones are complete.
         graph: owned and ghost atoms.
         gp: how the ghosts' rows are fetched.
+        source: ``[B]`` int64, which of `AtomsDataset.sources` each system is of.
     """
 
     labels: AtomBatch
     graph: AtomGraph
     gp: GPContext
+    source: Tensor
 
     def to(self, device: torch.device) -> "LabelledGraph":
         """Return the batch and its graph on ``device``; a share is where its ranks are already."""
-        return replace(self, labels=self.labels.to(device), graph=self.graph.to(device))
+        return replace(
+            self, labels=self.labels.to(device), graph=self.graph.to(device), source=self.source.to(device)
+        )
 
 
 class PotentialModule(LightningModule):
@@ -173,7 +177,10 @@ class PotentialModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start counting errors afresh."""
-        self._val_meter, self._val_sums = ErrorMeter(), {}
+        loader = self.trainer.val_dataloaders
+        assert isinstance(loader, AtomsLoader)
+        self._val_meter = ErrorMeter(per_element=True, sources=loader.dataset.sources)
+        self._val_sums = {}
 
     def validation_step(self, batch: LabelledGraph, batch_idx: int) -> None:
         """Add the errors of one batch, unless another replica has it too."""
@@ -183,7 +190,7 @@ class PotentialModule(LightningModule):
             return
         weights = self._weights(1.0)
         prediction = predict(self.average, batch, stress="stress" in weights)
-        self._val_meter.update(prediction, batch.labels, batch.graph.n_atoms)
+        self._val_meter.update(prediction, batch.labels, batch.graph.n_atoms, batch.source)
         sums = loss_sums(self.loss, set(weights), prediction, batch.labels, batch.graph.n_atoms)
         for name, s in sums.items():
             # Ranks that know a sum in full all add it, with its count: the mean is the same.
@@ -266,7 +273,7 @@ def labelled_graph(potential: Potential, data: Any, ranks: Ranks | None = None) 
     labels = AtomBatch.from_data(data)
     if ranks is None or ranks.group is None:
         graph = potential.graph(labels, NeighborList(data.edge_index, data.shift, potential.r_cut))
-        return LabelledGraph(labels, graph, GPContext.single(len(labels.numbers)))
+        return LabelledGraph(labels, graph, GPContext.single(len(labels.numbers)), data.source)
     labels = labels.to(ranks.device)
     plan = potential.plan(labels, ranks, carried=(labels.forces,))
     n_owned = plan.gp.n_owned
@@ -277,7 +284,7 @@ def labelled_graph(potential: Potential, data: Any, ranks: Ranks | None = None) 
         system=plan.graph.system[:n_owned],
         forces=plan.carried[0],
     )
-    return LabelledGraph(owned, plan.graph, plan.gp)
+    return LabelledGraph(owned, plan.graph, plan.gp, data.source.to(ranks.device))
 
 
 def predict(potential: Potential, batch: LabelledGraph, *, stress: bool = True) -> Prediction:

@@ -36,7 +36,7 @@ from gnnmd.predict.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from gnnmd.predict.metrics import ErrorMeter, error_table, only_dataset
+from gnnmd.predict.metrics import ErrorMeter, error_table
 from gnnmd.predict.parity_plot import Parity, save_parity_plot
 from gnnmd.runs.record import RunRecord
 from gnnmd.training.callbacks import BEST, LAST, STATE, STOPPING, Checkpoints, Pace, StopBetweenSteps
@@ -288,8 +288,6 @@ def evaluate(
 ) -> tuple[dict[str, float], Parity]:
     """Return errors of a potential on the frames of a loader, and the pairs for a parity plot; collective.
 
-    Where the frames name several data sets, also ``forces_mae@NAME`` and so on.
-
     Args:
         potential: the same on all ranks.
         loader: the frames of this replica.
@@ -298,22 +296,15 @@ def evaluate(
     """
     mesh = mesh or Mesh()
     potential = potential.to(device).eval()
-    meter, parity = ErrorMeter(per_element=True), Parity()
-    names = sorted({str(name) for name in loader.dataset.labels("dataset")} - {""})
-    by_dataset = {name: ErrorMeter() for name in names} if len(names) > 1 else {}
+    meter, parity = ErrorMeter(per_element=True, sources=loader.dataset.sources), Parity()
     for i, data in enumerate(loader):
         if loader.repeats(i):
             continue
         batch = labelled_graph(potential, data, mesh.gp).to(device)
         prediction = predict(potential, batch)
-        meter.update(prediction, batch.labels, batch.graph.n_atoms)
-        for name, own in by_dataset.items():
-            own.update(prediction, only_dataset(batch.labels, name), batch.graph.n_atoms)
+        meter.update(prediction, batch.labels, batch.graph.n_atoms, batch.source)
         parity.update(prediction, batch.labels, batch.graph.n_atoms)
-    errors = meter.total(mesh).errors()
-    for name, own in by_dataset.items():
-        errors |= {f"{kind}@{name}": error for kind, error in own.total(mesh).errors().items()}
-    return errors, parity.total(mesh)
+    return meter.total(mesh).errors(), parity.total(mesh)
 
 
 def _report(

@@ -234,3 +234,13 @@ def test_lightning_sees_every_frame_in_every_epoch_and_resumes_inside_one(tmp_pa
             second, datamodule=module(), ckpt_path=tmp_path / "half.ckpt", weights_only=True
         )
         assert first.batches[:save_at] + second.batches == whole.batches
+
+
+def test_frames_keep_their_source_through_a_random_split(tmp_path: Path) -> None:
+    files = [write_crystals(tmp_path / "a.extxyz", 10), write_crystals(tmp_path / "b.extxyz", 10, first=10)]
+    module = ready(train=files, val_split=8)
+    for loader in (module.train_dataloader(), module.val_dataloader()):
+        assert set(loader.dataset.sources) == {"a.extxyz", "b.extxyz"}
+        for batch in loader:
+            found = [loader.dataset.sources[s] for s in batch.source.tolist()]
+            assert found == ["ab"[energy >= 10] + ".extxyz" for energy in batch.energy.tolist()]

@@ -10,6 +10,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
 from gnnmd.data import read_frames
+from gnnmd.data.readers import read_sources
 from gnnmd.graph import AtomBatch, LabelKeys
 
 
@@ -313,3 +314,28 @@ def test_files_that_are_missing_or_empty_are_named(tmp_path: Path) -> None:
     sqlite3.connect(tmp_path / "d.db").close()
     with pytest.raises(ValueError, match=r"d\.db: the file is empty"):
         read_frames(tmp_path / "d.db")
+
+
+def test_sources_are_the_entries_of_the_list_without_what_they_share(tmp_path: Path) -> None:
+    for name in ("x/a", "x/b", "y/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{name}.extxyz", [crystal(1), crystal(2)])
+    entries = [f"{tmp_path}/x/*.extxyz", f"{tmp_path}/y/a.extxyz@:1"]  # a pattern is one, whatever it finds
+    frames, sources = read_sources(entries)
+    assert energies(frames) == energies(read_frames(entries))
+    assert sources == ["x/*.extxyz"] * 4 + ["y/a.extxyz@:1"]
+    assert read_sources(tmp_path / "y" / "a.extxyz")[1] == ["a.extxyz"] * 2
+
+
+def test_sources_are_levels_of_theory_where_frames_name_several(tmp_path: Path) -> None:
+    def write_levels(name: str, *levels: str) -> str:
+        frames = [crystal(k) for k in range(len(levels))]
+        for atoms, level in zip(frames, levels, strict=True):
+            atoms.info |= {"dataset": level} if level else {}
+        write(tmp_path / name, frames)
+        return str(tmp_path / name)
+
+    one, two = write_levels("a.extxyz", "pbe", ""), write_levels("b.extxyz", "pbe", "hse")
+    assert read_sources([one, two])[1] == ["pbe", "a.extxyz", "pbe", "hse"]
+    assert read_sources([one, one])[1] == ["a.extxyz"] * 4
+    assert read_sources([one, two], dataset="pbe")[1] == ["a.extxyz"] * 2 + ["b.extxyz"] * 2

@@ -6,6 +6,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from numpy.testing import assert_allclose
 
@@ -32,7 +33,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "a.safetensors",
         potential,
         statistics={"element_energies": references, "force_rms": 0.5, "sizes": list(range(500))},
-        extra={"epoch": 12, "test_errors": {"energy_mae": 0.0031, "forces_mae_Ag": 0.0402}},
+        extra={"epoch": 12, "test_errors": {"energy_mae@a.xyz": 0.0031, "forces_mae_Ag": 0.0402}},
     )
     return "a.safetensors"
 
@@ -54,7 +55,7 @@ def test_info_tells_what_a_person_wants_to_know(checkpoint: str, capsys: pytest.
         r"element_energies +│ Ag -2.75",
         r"sizes +│ 500 values",
         r"epoch +│ 12",
-        r"test_errors.energy_mae +│ 3.100 meV/atom",
+        r"test_errors.energy_mae@a.xyz +│ 3.100 meV/atom",
         r"test_errors.forces_mae_Ag +│ 40.200 meV/A",
     ]:
         assert re.search(row, text), row
@@ -120,6 +121,30 @@ def test_evaluation_prints_the_errors_of_the_predictions(
     assert re.search(rf"forces +{mae:.3f} .* meV/A\n", text)
     assert re.search(r"stress .* meV/A\^3\n", text)
     assert Path("new/parity.png").stat().st_size > 10_000
+
+
+def test_evaluation_of_several_files_tells_elements_and_files_apart(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silver = load_silver("test")[:2]
+    rock = bulk("AgO", "rocksalt", a=4.8)
+    rock.calc = SinglePointCalculator(rock, energy=-3.0, forces=np.full((2, 3), 0.1))
+    write("a.extxyz", silver)
+    write("b.extxyz", rock)
+    assert evaluate([checkpoint, "a.extxyz", "b.extxyz", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "on a.extxyz, b.extxyz: 3 frames" in text
+    wrong = [
+        np.abs(f - unit(checkpoint).predict(a).forces.numpy())
+        for a in (*silver, rock)
+        for f in [a.get_forces()]
+    ]
+    oxygen, first, last = wrong[2][1:], np.concatenate(wrong[:2]), wrong[2]
+    for title, error in [("O", oxygen), ("a.extxyz", first), ("b.extxyz", last)]:
+        assert re.search(rf"forces {title} +{1000 * error.mean():.3f} .* meV/A\n", text), title
+    assert re.search(r"energy b.extxyz .* meV/atom\n", text)
+    assert "stress a.extxyz" in text
+    assert "stress b.extxyz" not in text
 
 
 def test_silver_is_the_built_in_test_set(

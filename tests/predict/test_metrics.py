@@ -66,6 +66,46 @@ def test_missing_labels_do_not_count_and_a_quantity_without_labels_is_absent():
     assert errors["forces_mae"] == pytest.approx((p.forces[:2] - labels.forces[:2]).abs().mean().item())
 
 
+@pytest.mark.parametrize("b", [0, 1, 2])
+def test_errors_of_a_source_are_those_of_its_frames_alone(b):
+    frames = [frame(1, 0), frame(3, 1, stress=None), frame(2, 2), frame(2, 3)]
+    whole, source = AtomBatch.from_ase(frames), torch.tensor([0, 1, 2, 0])
+    p = predicted(whole, 0)
+    together = ErrorMeter(per_element=True, sources="abc")
+    together.update(p, whole, source=source)
+    alone = ErrorMeter()
+    chosen, atoms = source == b, source[whole.system] == b
+    part = Prediction(p.energy[chosen], p.forces[atoms], p.stress[chosen], p.node_energies[atoms])
+    alone.update(part, AtomBatch.from_ase([f for f, s in zip(frames, source, strict=True) if s == b]))
+    found = {k.removesuffix("@" + "abc"[b]): v for k, v in together.errors().items() if k[-1] == "abc"[b]}
+    assert found == pytest.approx(alone.errors(), rel=1e-12)
+    assert ("stress_mae" in found) == (b != 1)
+    assert "forces_mae_Ag" in together.errors()
+
+
+def test_one_element_and_one_source_are_not_told_twice():
+    labels = AtomBatch.from_ase(Atoms("Ag2", [[0, 0, 0], [0, 0, 3]], info={"energy": 1.0}))
+    labels = dataclasses.replace(labels, forces=torch.ones(2, 3).double())
+    meter = ErrorMeter(per_element=True, sources=["a"])
+    meter.update(predicted(labels, 0), labels)
+    assert not [name for name in meter.errors() if "_Ag" in name or "@" in name]
+
+
+def test_table_has_lines_for_elements_and_data_sets():
+    errors = {"forces_mae": 0.05, "forces_rmse": 0.1, "forces_mae_Ag": 0.04, "forces_rmse_Ag": 0.09}
+    errors |= {
+        "forces_cosine": 1.0,
+        "energy_mae@b/long name.xyz": 0.003,
+        "energy_rmse@b/long name.xyz": 0.004,
+    }
+    head, *lines = error_table(errors).splitlines()
+    assert [line.split(maxsplit=1)[0] for line in lines] == ["forces", "forces", "energy"]
+    assert lines[1].split() == ["forces", "Ag", "40.000", "90.000", "meV/A"]
+    assert lines[2].split() == ["energy", "b/long", "name.xyz", "3.000", "4.000", "meV/atom"]
+    assert len({line.index(".000") for line in lines[1:]}) == 1  # aligned
+    assert head.split() == ["MAE", "RMSE"]
+
+
 def test_table_is_in_milli_units():
     text = error_table(
         {"energy_mae": 0.0012345, "energy_rmse": 0.002, "forces_mae": 0.05, "forces_rmse": 0.1}

@@ -7,10 +7,12 @@ from dataclasses import replace
 import ase.io
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gnnmd.training.loggers import is_offline
 from gnnmd.training.run import train
 from gnnmd.training.settings import LoggerConfig
+from tests.training.conftest import columns
 from tests.training.test_run import AtStep, ask_to_stop
 
 
@@ -29,12 +31,21 @@ def offline_runs(folder):
     return sorted((folder / "wandb").glob("offline-run-*"))
 
 
-def test_wandb_without_a_key_keeps_everything_here_and_a_resumed_run_goes_on(config):
+@pytest.fixture
+def two_sets(config, frames):
+    """Two elements, two files to validate on; three steps per epoch."""
+    config.data = replace(config.data, train=frames["alloy"], val=[frames["alloy"], frames["copper_val"]])
+    return config
+
+
+def test_wandb_without_a_key_keeps_everything_here_and_a_resumed_run_goes_on(two_sets):
+    config = two_sets
     config.logger = LoggerConfig(kind="wandb")
-    folder = train(config, callbacks=[AtStep(10, ask_to_stop)]).folder
+    folder = train(config, callbacks=[AtStep(6, ask_to_stop)]).folder
     (first,) = offline_runs(folder)
     stored = next(first.glob("*.wandb")).read_bytes()
-    for expected in (b"val_forces_mae", b"hidden_channels", f"{folder.name}-last".encode()):
+    told_apart = (b"val_forces_mae_Ag", b"val_energy_mae@copper_val.xyz", b"communication_seconds")
+    for expected in (*told_apart, b"hidden_channels", f"{folder.name}-last".encode()):
         assert expected in stored
     assert train(replace(config, resume=str(folder))).folder == folder
     both = offline_runs(folder)
@@ -73,11 +84,15 @@ def test_only_the_first_rank_logs(config):
     assert len(offline_runs(folder)) == 1
 
 
-def test_tensorboard_writes_into_the_run_folder(config):
-    pytest.importorskip("tensorboard")
-    config.logger = LoggerConfig(kind="tensorboard")
-    config.trainer.max_epochs = 1
-    assert list((train(config).folder / "tensorboard").glob("events.out.tfevents.*"))
+def test_tensorboard_gets_the_curves_and_a_resumed_run_continues_them(two_sets):
+    two_sets.logger = LoggerConfig(kind="tensorboard")
+    folder = train(two_sets, callbacks=[AtStep(3, ask_to_stop)]).folder
+    train(replace(two_sets, resume=str(folder)))
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    for name in ("val_forces_mae_Ag", "val_energy_mae@copper_val.xyz", "communication_seconds"):
+        assert [event.step for event in events.Scalars(name)] == [3, 6, 9]
+    table = columns(folder, "val_forces_mae_Ag")[:, 0].astype(float)
+    assert [event.value for event in events.Scalars("val_forces_mae_Ag")] == pytest.approx(table)
 
 
 def test_tensorboard_that_is_missing_is_named_with_the_remedy(config, monkeypatch):

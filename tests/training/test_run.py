@@ -142,6 +142,34 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_last_digit(config, s
     assert torch.equal(weights(resumed / BEST), weights(whole / BEST))
 
 
+def test_a_run_of_several_elements_and_files_tells_them_apart_and_is_resumed(config, frames):
+    config.data = replace(config.data, train=frames["alloy"], val=[frames["alloy"], frames["copper_val"]])
+    whole, stopped = train(config), train(config, callbacks=[AtStep(4, ask_to_stop)]).folder
+    assert len(columns(stopped, "epoch")) == 2  # inside the second epoch
+    header = (whole.folder / "metrics.csv").read_text().splitlines()[0].split(",")
+    for name in ("forces_rmse_Cu", "forces_mae_Ag", "energy_mae@copper_val.xyz", "forces_cosine@alloy.xyz"):
+        assert f"val_{name}" in header
+        assert name in whole.errors
+    errors = json.loads((whole.folder / "errors.json").read_text())
+    assert errors["forces_mae"] == pytest.approx(
+        (24 * errors["forces_mae@alloy.xyz"] + 12 * errors["forces_mae@copper_val.xyz"]) / 36
+    )
+    assert load_checkpoint(whole.checkpoint)[1].extra["val_errors"] == whole.errors
+    resumed = train(replace(config, resume=str(stopped))).folder
+    np.testing.assert_array_equal(columns(resumed, *CURVES), columns(whole.folder, *CURVES))
+
+
+def test_a_table_without_the_columns_of_today_is_continued(config, frames):
+    config.data = replace(config.data, train=frames["alloy"], val=frames["alloy"])
+    folder = train(config, callbacks=[AtStep(3, ask_to_stop)]).folder
+    (folder / "metrics.csv").write_text("epoch,step,seconds,val_loss\n1,3,1.5,0.25\n")
+    train(replace(config, resume=str(folder)))
+    assert columns(folder, "val_loss")[0] == ["0.25"]
+    told_apart = columns(folder, "val_forces_mae_Ag")[:, 0]
+    assert told_apart[0] == ""
+    assert all(told_apart[1:])
+
+
 def test_a_job_that_starts_again_goes_on_in_its_folder(config, tmp_path):
     whole, mine = train(config).folder, tmp_path / "mine"
     train(config, folder=mine, callbacks=[AtStep(7, ask_to_stop)])

@@ -20,16 +20,23 @@ MESHES = [(2, 1), (1, 2), (2, 2)]
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory):
-    """Crystals of different size, some without forces or stress: ranks and replicas have different counts."""
+    """Crystals of different size, some without forces or stress: ranks and replicas have different counts.
+
+    Two elements, and validation frames of two files.
+    """
     folder = tmp_path_factory.mktemp("uneven")
     images = []
     for i in range(11):
-        images.append(labelled(bulk("Cu", cubic=True) * (1, 1, 1 + i % 3), i))
+        atoms = bulk("Cu", cubic=True) * (1, 1, 1 + i % 3)
+        atoms.symbols[: i % 3] = "Ag"
+        images.append(labelled(atoms, i))
         for name in ("forces",) * (i % 4 == 1) + ("stress",) * (i % 3 == 1):
             images[-1].calc.results.pop(name)
     ase.io.write(folder / "train.xyz", images[:8])
-    ase.io.write(folder / "val.xyz", images[8:])
-    return DataConfig(train=str(folder / "train.xyz"), val=str(folder / "val.xyz"), max_frames=2)
+    ase.io.write(folder / "val_a.xyz", images[8:10])
+    ase.io.write(folder / "val_b.xyz", images[10:])
+    val = [str(folder / f"val_{name}.xyz") for name in "ab"]
+    return DataConfig(train=str(folder / "train.xyz"), val=val, max_frames=2)
 
 
 @pytest.fixture
@@ -89,6 +96,8 @@ def test_loss_curves_errors_and_weights_do_not_depend_on_the_mesh(config, pool, 
     expected = fit(None, config)
     assert len(expected.seen.losses) == 20
     assert expected.table["val_stress_mae"]
+    told_apart = ("forces_mae_Ag", "energy_rmse@val_a.xyz", "stress_mae@val_a.xyz", "forces_cosine@val_b.xyz")
+    assert all(expected.table[f"val_{name}"] and name in expected.errors for name in told_apart)
     norm = torch.cat([g.flatten() for g in expected.seen.gradient if g is not None]).norm()
     assert norm > config.optim.clip_norm  # else clipping is not compared
     for gp, dp in MESHES:
