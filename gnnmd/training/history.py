@@ -152,7 +152,7 @@ def _peak_memory() -> float:
 
 
 class LiveBar(Callback):
-    """A bar over the whole training with the errors of the running epoch; refreshed twice a second."""
+    """A bar over the whole training with errors and speed of the running epoch; refreshed twice a second."""
 
     def __init__(self, total_steps: int, console: Console) -> None:
         self._total = total_steps
@@ -160,16 +160,23 @@ class LiveBar(Callback):
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"),
             TimeRemainingColumn(), console=console, transient=True,
         )  # fmt: skip
-        self._shown = 0.0
+        self._shown = self._start = 0.0
+        self._atoms = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the bar."""
         self._bar.start()
         self._task = self._bar.add_task("training", total=self._total, completed=trainer.global_step)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start counting."""
+        self._start, self._atoms = time.monotonic(), 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *given: Any) -> None:
         """Refresh the bar; reading errors waits for the device, so not after every step."""
         assert isinstance(pl_module, PotentialModule)
+        batch: LabelledGraph = given[1]
+        self._atoms += len(batch.labels.numbers)
         if time.monotonic() - self._shown < 0.5:
             return
         errors = pl_module.train_errors.errors()  # of the atoms this rank owns
@@ -178,9 +185,12 @@ class LiveBar(Callback):
             for name in ("energy", "forces")
             if f"{name}_mae" in errors
         ]
+        self._shown = time.monotonic()
+        # Ranks have shares of about one size; asking them would take a collective.
+        speed = self._atoms * pl_module.mesh.world.size / (self._shown - self._start)
+        shown.append(f"{speed:,.0f} atoms/s")
         text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(shown)}"
         self._bar.update(self._task, description=text, completed=trainer.global_step)
-        self._shown = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the bar."""

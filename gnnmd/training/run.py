@@ -177,7 +177,8 @@ def _train_on(
     _describe(console, potential, data.statistics, mesh)
     if ranks.rank == 0:
         _write_config(folder, config, potential)
-        record.start(folder, "train", {"name": config.name, "seed": config.seed})
+        facts = {"name": config.name, "seed": config.seed, "gp": mesh.gp.size, "dp": mesh.n_replicas}
+        record.start(folder, "train", facts)
     console.print(f"{'continuing in' if resumed else 'run folder'} {folder}")
 
     def export(path: Path, model: Potential, summary: dict[str, Any]) -> None:
@@ -216,7 +217,9 @@ def _train_on(
         console.print(f"continue with: gnnmd train resume={folder}")
     else:
         errors = _report(checkpoint, split, data, module, mesh, console)
-    record.finish("interrupted" if stop.interrupted else "finished", split=split, errors=errors)
+    epochs = trainer.global_step * pace.batches_per_step // pace.batches_per_epoch  # whole ones
+    done = {"steps": trainer.global_step, "epochs": epochs}
+    record.finish("interrupted" if stop.interrupted else "finished", split=split, errors=errors, **done)
     for logger in trainer.loggers:
         logger.log_metrics({f"{split}/{name}": error for name, error in errors.items()})
     close_loggers(trainer.loggers, [folder / BEST, folder / LAST])

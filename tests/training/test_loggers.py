@@ -118,10 +118,12 @@ def test_a_key_from_the_environment_or_a_login_goes_online(monkeypatch, tmp_path
 
 
 def test_a_run_folder_tells_how_it_was_made(config):
-    folder = train(config, callbacks=[AtStep(5, ask_to_stop)]).folder
+    folder = train(config, callbacks=[AtStep(7, ask_to_stop)]).folder
     said = yaml.safe_load((folder / "run.json").read_text())
     assert (said["kind"], said["name"], said["seed"]) == ("train", "test", 0)
     assert said["state"] == "finished"
+    assert (said["gp"], said["dp"]) == (1, 1)
+    assert (said["results"]["steps"], said["results"]["epochs"]) == (7, 1)
     assert said["results"]["errors"]["forces_mae"] > 0
 
 

@@ -1,7 +1,9 @@
 """Whole runs on tiny data."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +17,8 @@ import torch
 import yaml
 from ase.data import atomic_numbers
 from lightning.pytorch import Callback
+from rich.console import Console
+from rich.progress import Progress
 
 from gnnmd.data.datamodule import AtomsDataModule, DataConfig
 from gnnmd.models.dpa2_config import DPA2Config, RepformerConfig, RepinitConfig
@@ -168,6 +172,25 @@ def test_a_table_without_the_columns_of_today_is_continued(config, frames):
     told_apart = columns(folder, "val_forces_mae_Ag")[:, 0]
     assert told_apart[0] == ""
     assert all(told_apart[1:])
+
+
+def test_a_terminal_shows_errors_and_speed_of_the_running_epoch(config, monkeypatch):
+    now, shown = [100.0], []
+    monkeypatch.setattr("gnnmd.training.history.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(Progress, "update", lambda *_, description="", **__: shown.append(description))
+    config.trainer.progress = "auto"
+
+    class TwoSeconds(Callback):
+        def on_train_batch_start(self, *_):
+            now[0] += 2.0
+
+        def on_validation_end(self, *_):
+            now[0] += 50.0
+
+    train(config, console=Console(file=io.StringIO(), force_terminal=True), callbacks=[TwoSeconds()])
+    told = [text for text in shown if text]
+    assert len(told) == 15
+    assert all(re.search(r"epoch \d/3 .*energy .*forces .* 4 atoms/s", text) for text in told)
 
 
 def test_a_job_that_starts_again_goes_on_in_its_folder(config, tmp_path):
