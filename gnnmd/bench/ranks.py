@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--edge-chunk", type=int, default=None)
     parser.add_argument("--tf32", action="store_true")
+    parser.add_argument("--kernels", default="auto", help="torch or triton")
     parser.add_argument("--no-stress", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--calls", type=int, default=10)
@@ -75,7 +76,7 @@ def measure(ranks: Ranks, n_atoms: int, options: dict[str, Any]) -> list[dict[st
     torch.manual_seed(0)
     potential = build_potential(PotentialConfig(EscnMDConfig(lmax=2, mmax=2, num_basis=64, **shape)))
     potential = potential.to(device).eval().requires_grad_(False)
-    potential.backbone.edge_chunk = options["edge_chunk"]
+    potential.backbone.edge_chunk, potential.backbone.kernels = options["edge_chunk"], options["kernels"]
     batch = AtomBatch.from_ase(silver(n_atoms)).to(device)
 
     clock = Clock(ranks)
@@ -89,7 +90,7 @@ def measure(ranks: Ranks, n_atoms: int, options: dict[str, Any]) -> list[dict[st
         "layers": options["layers"],
         "channels": c,
         **describe(potential, device),
-        **{name: options[name] for name in ("tf32", "edge_chunk")},
+        **{name: options[name] for name in ("tf32", "edge_chunk", "kernels")},
         "stress": not options["no_stress"],
         "graph": graph,
         "partition": build - graph,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gnnmd.nn.activations import activation
+from gnnmd.nn.frames import Frames
 from gnnmd.nn.scatter import TORCH, Groups, Loops, pair_rows, weighted_sums
 
 #: Versions by name; "auto" is "triton" on a GPU that has it, else "torch".
@@ -81,3 +82,20 @@ def operations(kernels: str, act: str, device: torch.device) -> Operations:
     from gnnmd.kernels.triton_operations import triton_operations
 
     return triton_operations(act)
+
+
+def frames_for(kernels: str, device: torch.device) -> Frames:
+    """Return a version of the two ends of a message; "auto" stays with torch until Triton was timed on a GPU.
+
+    Args:
+        kernels: one of `KERNELS`.
+        device: where it will run.
+
+    Raises:
+        ValueError: see `chosen`.
+    """
+    if torch.compiler.is_compiling() or kernels == "auto" or chosen(kernels, device) == "torch":
+        return Frames()
+    from gnnmd.kernels.triton_frames import TritonFrames
+
+    return TritonFrames()

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from gnnmd.graph.geometry import edge_vectors
 from gnnmd.graph.graph import AtomGraph
 from gnnmd.graph.nearest import cut_between_atoms
+from gnnmd.kernels.operations import frames_for
 from gnnmd.models.backbone import Backbone, SystemSum
 from gnnmd.nn.activations import DegreeGate, EdgeGate, SphereSiLU, node_grid
 from gnnmd.nn.embeddings import (
@@ -28,11 +29,13 @@ from gnnmd.nn.embeddings import (
     SystemEmbedding,
 )
 from gnnmd.nn.experts import EXPERT_NORMS, ExpertLinear, Router, Routing
+from gnnmd.nn.frames import Frames, Orders
 from gnnmd.nn.mlp import RadialMLP
 from gnnmd.nn.norms import NORMS, DegreeNorm
 from gnnmd.nn.radial import GaussianBasis, envelope
 from gnnmd.nn.recompute import recomputed
-from gnnmd.nn.so2 import SO2Linear, rows_per_order
+from gnnmd.nn.scatter import Groups
+from gnnmd.nn.so2 import SO2Linear
 from gnnmd.nn.so3 import SO3Linear, n_rows
 from gnnmd.nn.wigner import WignerD, edge_frames
 
@@ -200,21 +203,22 @@ class Edges:
     """All edges of some consecutive atoms, and what messages read of them.
 
     Attributes:
-        first, n_atoms: rows ``first .. first + n_atoms - 1`` are these atoms.
+        first: row of the first of these atoms.
         source: ``[E]`` rows of the sources.
-        target: ``[E]`` rows of the targets, ascending.
+        target: ``[E]`` targets, counted from ``first``, ascending.
+        frames: how rows are turned into the frames of edges and sums turned back.
         to_edge: ``[E, R, S]`` rotation into the frame of the edge, rows with |m| <= mmax in m-major order.
-        from_edge: ``[E, S, R]`` rotation back, times the envelope, so that every message carries it once.
+        damped: ``[E, R, S]`` the same times the envelope, for the way back: every message carries it once.
         scalars: ``[E, num_basis + 2 edge_channels]`` Gaussians and the embeddings of both elements.
         routing: experts of the edges, or None.
     """
 
     first: int
-    n_atoms: int
-    source: Tensor
-    target: Tensor
+    source: Groups
+    target: Groups
+    frames: Frames
     to_edge: Tensor
-    from_edge: Tensor
+    damped: Tensor
     scalars: Tensor
     routing: Routing | None
 
@@ -240,14 +244,19 @@ class EdgeSum(nn.Module):
     """Sum of messages over the edges of each atom."""
 
     def messages(self, h: Tensor, edges: Edges) -> Tensor:
-        """Return ``[E, S, C]`` from the rows ``h [n_all, S, C]`` of owned and ghost atoms."""
+        """Return ``[E, R, C]`` in the frames of the edges, or the rows of m = 0 if all others are zero.
+
+        Args:
+            h: ``[n_all, S, C]`` rows of owned and ghost atoms.
+            edges: a piece of the edges.
+        """
         raise NotImplementedError
 
     def forward(self, h: Tensor, basis: EscnBasis) -> Tensor:
         """Return ``[n_owned, S, C]``."""
         sums: list[Tensor] = []
         for edges in basis.edges:
-            inputs = [h, edges.to_edge, edges.from_edge, edges.scalars]
+            inputs = [h, edges.to_edge, edges.damped, edges.scalars]
             if edges.routing is not None:
                 inputs.append(edges.routing.coefficients)
             summed = partial(self._summed, edges)
@@ -262,15 +271,15 @@ class EdgeSum(nn.Module):
         edges: Edges,
         h: Tensor,
         to_edge: Tensor,
-        from_edge: Tensor,
+        damped: Tensor,
         scalars: Tensor,
         *coefficients: Tensor,
     ) -> tuple[Tensor]:
         """Return the sums of one piece as a function of everything in it that is differentiated."""
         routing = edges.routing and replace(edges.routing, coefficients=coefficients[0])
-        edges = replace(edges, to_edge=to_edge, from_edge=from_edge, scalars=scalars, routing=routing)
-        zeros = h.new_zeros(edges.n_atoms, *h.shape[1:])
-        return (zeros.index_add(0, edges.target - edges.first, self.messages(h, edges).to(h.dtype)),)
+        edges = replace(edges, to_edge=to_edge, damped=damped, scalars=scalars, routing=routing)
+        x = self.messages(h, edges)
+        return (edges.frames.sums(damped[:, : x.shape[1]], x, edges.target, h.dtype),)
 
 
 class EdgeDegree(EdgeSum):
@@ -283,9 +292,9 @@ class EdgeDegree(EdgeSum):
         self.radial = RadialMLP(width, config.edge_channels, self.n_m0 * config.channels)
 
     def messages(self, h: Tensor, edges: Edges) -> Tensor:
-        """Return ``[E, S, C]``; in the frame of the edge only m = 0 is not zero."""
+        """Return ``[E, lmax + 1, C]``, the rows of m = 0."""
         m0 = self.radial(edges.scalars, None).unflatten(1, (self.n_m0, self.channels))
-        return torch.bmm(edges.from_edge[:, :, : self.n_m0], m0) / EDGE_DEGREE_SCALE
+        return m0 / EDGE_DEGREE_SCALE
 
 
 class EdgeConvolution(EdgeSum):
@@ -298,32 +307,21 @@ class EdgeConvolution(EdgeSum):
         self.activation: EdgeGate | SphereSiLU = EdgeGate(lmax, hidden)
         if config.activation == "s2":
             self.activation = SphereSiLU(lmax, mmax, hidden, config.grid_resolution)
-        self.rows = rows_per_order(lmax, mmax)
-        self.factors = [self.rows[0], *(n // 2 for n in self.rows[1:])]  # the same for +m and -m
+        self.orders = Orders(lmax, mmax)
         scalars, width = config.num_basis + 2 * config.edge_channels, config.edge_channels
-        self.radial = RadialMLP(scalars, width, sum(self.factors) * 2 * c, experts=radial)
+        self.radial = RadialMLP(scalars, width, sum(self.orders.factors) * 2 * c, experts=radial)
         extra, places = self.activation.extra, {"experts_m0": m0, "experts_m": m}
         self.conv_1 = SO2Linear(lmax, mmax, 2 * c, hidden, extra=extra, **places)
         self.conv_2 = SO2Linear(lmax, mmax, hidden, c, **places)
 
     def messages(self, h: Tensor, edges: Edges) -> Tensor:
-        """Return ``[E, S, C]``."""
-        pair = torch.stack([edges.source, edges.target], dim=1).flatten()
-        x = h.index_select(0, pair).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)  # [E, S, 2C]
-        x = torch.bmm(edges.to_edge, x)  # [E, R, 2C]
-        x = self._scaled(x, self.radial(edges.scalars, edges.routing))
+        """Return ``[E, R, C]``."""
+        factors = self.radial(edges.scalars, edges.routing).unflatten(1, (-1, 2 * h.shape[2]))
+        x = edges.frames.scaled_pairs(
+            edges.to_edge, h, factors, edges.source, edges.target, edges.first, self.orders
+        )
         x = self.activation(self.conv_1(x, edges.routing))
-        x = torch.cat(self.conv_2(x, edges.routing), dim=1)
-        return torch.bmm(edges.from_edge, x.unflatten(1, (sum(self.rows), h.shape[2])))
-
-    def _scaled(self, x: Tensor, radial: Tensor) -> list[Tensor]:
-        """Multiply the rows of each order (see `nn.so2`) by radial factors."""
-        factors = radial.unflatten(1, (sum(self.factors), x.shape[2])).split(self.factors, dim=1)
-        m0, *orders = x.split(self.rows, dim=1)
-        y = [(m0 * factors[0]).flatten(1)]
-        for xm, f, n in zip(orders, factors[1:], self.factors[1:], strict=True):
-            y.append((xm.unflatten(1, (2, n)) * f[:, None]).flatten(1))
-        return y
+        return torch.cat(self.conv_2(x, edges.routing), dim=1).unflatten(1, (-1, h.shape[2]))
 
 
 class SpectralFeedForward(nn.Module):
@@ -449,7 +447,7 @@ class EscnMD(Backbone):
             vector = edge_vectors(g).to(dtype)
             distance = torch.linalg.vector_norm(vector, dim=1)
             to_edge = self.wigner(edge_frames(vector / distance[:, None]))
-            from_edge = (to_edge * envelope(distance, self.r_cut)[:, None, None]).transpose(1, 2)
+            damped = to_edge * envelope(distance, self.r_cut)[:, None, None]
             gaussians = self.gaussians(distance)
         embeddings = [
             self.source_embedding(g.numbers).index_select(0, source),
@@ -461,15 +459,16 @@ class EscnMD(Backbone):
         def routing(rows: Tensor) -> Routing | None:
             return None if coefficients is None else Routing.of(coefficients, g.system[rows])
 
+        frames = frames_for(self.kernels, g.cell.device)
         cuts, recompute = self._cuts(target, n_owned)
         lengths = [stop - start for (_, start), (_, stop) in pairwise(cuts)]
         scalars = torch.cat([gaussians, *embeddings], dim=1)
-        tensors = [t.split(lengths) for t in (source, target, to_edge, from_edge, scalars)]
+        tensors = [t.split(lengths) for t in (source, target, to_edge, damped, scalars)]
         edges = []
         for ((first, _), (end, _)), *piece in zip(pairwise(cuts), *tensors, strict=True):
-            source, target, to_edge, from_edge, scalars = piece
-            n_atoms = end - first
-            edges.append(Edges(first, n_atoms, source, target, to_edge, from_edge, scalars, routing(target)))
+            source, target, to_edge, damped, scalars = piece
+            groups = Groups(source, len(g.numbers), ascending=False), Groups(target - first, end - first)
+            edges.append(Edges(first, *groups, frames, to_edge, damped, scalars, routing(target)))
         owned = torch.arange(n_owned, device=source.device)
         return EscnBasis(edges, recompute, system, routing(owned))
 

@@ -43,7 +43,8 @@ def frozen_copy(potential: Potential, device: torch.device, settings: InferenceS
     with torch.inference_mode(False):
         potential = copy.deepcopy(potential).to(device, settings.torch_dtype)
     potential.eval().requires_grad_(False)  # frozen weights: nothing of theirs is kept for backward
-    potential.backbone.kernels = chosen(settings.kernels, device)
+    chosen(settings.kernels, device)  # refuses what is not there
+    potential.backbone.kernels = settings.kernels
     if settings.edge_chunk is not None:
         potential.backbone.edge_chunk = settings.edge_chunk
     if settings.compile:
