@@ -1,7 +1,5 @@
 """Both ends of a message in Triton against operators of torch, on a GPU or in the interpreter."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,39 +12,27 @@ from gnnmd.models.build import PotentialConfig, build_potential
 from gnnmd.models.escn_md import EscnMDConfig
 from gnnmd.nn.frames import Frames, Orders
 from gnnmd.nn.scatter import Groups
+from tests.kernels.versions import DEVICE, MARKS, TYPES, Random, same
 from tests.models.systems import crystal, predict, randomised
 
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (INTERPRETED or torch.cuda.is_available()), reason="needs a CUDA device or TRITON_INTERPRET=1"
-    ),
-]
+pytestmark = MARKS
 SHAPES = [(2, 2, 5), (1, 1, 8), (3, 2, 4), (0, 0, 3), (2, 2, 130)]
-TYPES = [torch.float64, torch.float32]
 
 
 class Inputs:
     """Random rows; some atoms have no edges, targets begin at row 2."""
 
     def __init__(self, orders: Orders, c: int, dtype: torch.dtype, n_edges: int = 11):
-        self.generator = torch.Generator().manual_seed(c)
+        random = Random(c)
         r, s, f = sum(orders.rows), (orders.lmax + 1) ** 2, sum(orders.factors)
-        self.source = Groups(self.index(8, n_edges), 8, ascending=False)
-        self.target = Groups(self.index(5, n_edges).sort().values, 6)
-        self.d, self.h = self.random(n_edges, r, s, dtype=dtype), self.random(8, s, c, dtype=dtype)
-        self.f, self.x = self.random(n_edges, f, 2 * c, dtype=dtype), self.random(n_edges, r, c, dtype=dtype)
+        self.source = Groups(random.below(8, n_edges), 8, ascending=False)
+        self.target = Groups(random.below(5, n_edges).sort().values, 6)
+        self.d, self.h = random.normal(n_edges, r, s, dtype=dtype), random.normal(8, s, c, dtype=dtype)
+        self.f, self.x = (
+            random.normal(n_edges, f, 2 * c, dtype=dtype),
+            random.normal(n_edges, r, c, dtype=dtype),
+        )
         self.orders = orders
-
-    def index(self, n: int, n_edges: int) -> Tensor:
-        return torch.randint(0, n, (n_edges,), generator=self.generator).to(DEVICE)
-
-    def random(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        values = torch.randn(*shape, dtype=torch.float64, generator=self.generator)
-        return values.to(DEVICE, dtype).requires_grad_()
 
     def pairs(self, frames: Frames) -> Tensor:
         rows = frames.scaled_pairs(self.d, self.h, self.f, self.source, self.target, 2, self.orders)
@@ -62,14 +48,6 @@ def fast() -> Frames:
     frames = frames_for("triton", DEVICE)
     assert type(frames) is not Frames
     return frames
-
-
-def same(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
-    """Compare results, and their gradients by the inputs for one random cotangent."""
-    g = torch.randn_like(expected)
-    assert_close(found, expected)
-    for a, b in zip(grad(found, inputs, g), grad(expected, inputs, g), strict=True):
-        assert_close(a, b)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

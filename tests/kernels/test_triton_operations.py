@@ -1,10 +1,7 @@
 """Operations in Triton against their references, on a GPU or in the interpreter (TRITON_INTERPRET=1)."""
 
-import os
-
 import pytest
 import torch
-from torch import Tensor
 from torch.autograd import grad
 from torch.testing import assert_close
 
@@ -14,21 +11,11 @@ from gnnmd.models.build import PotentialConfig, build_potential
 from gnnmd.models.dpa3_config import DPA3Config
 from gnnmd.nn.activations import activation
 from gnnmd.nn.scatter import Groups
+from tests.kernels.versions import DEVICE, MARKS, TYPES, Random, same
 from tests.models.systems import crystal, predict, randomised
 
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (INTERPRETED or torch.cuda.is_available()), reason="needs a CUDA device or TRITON_INTERPRET=1"
-    ),
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),  # of NumPy
-]
-
+pytestmark = MARKS
 REFERENCE = operations("torch", "silut:1.5", DEVICE)
-TYPES = [torch.float64, torch.float32]
 
 
 @pytest.fixture
@@ -40,25 +27,13 @@ class Inputs:
     """Random rows and groups; some groups are empty, one has more rows than a program reads at a time."""
 
     def __init__(self, columns: int = 5, k: int = 1, n_rows: int = 40, dtype: torch.dtype = torch.float64):
-        self.generator = torch.Generator().manual_seed(columns + k)
-        index = torch.randint(0, 9, (n_rows,), generator=self.generator)
+        random = Random(columns + k)
+        index = random.below(9, n_rows)
         index[n_rows // 2 :] = 4
-        self.groups = Groups(index.sort().values.to(DEVICE), 10)
-        self.rows = Groups(torch.randint(0, 7, (n_rows,), generator=self.generator).to(DEVICE), 8, False)
-        self.w, self.x = self.random(n_rows, k, dtype=dtype), self.random(n_rows, columns, dtype=dtype)
-        self.y, self.z = self.random(8, columns, dtype=dtype), self.random(10, columns, dtype=dtype)
-
-    def random(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        values = torch.randn(*shape, dtype=torch.float64, generator=self.generator)
-        return values.to(DEVICE, dtype).requires_grad_()
-
-
-def same(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
-    """Compare results, and their gradients by the inputs for one random cotangent."""
-    g = torch.randn_like(expected)
-    assert_close(found, expected)
-    for a, b in zip(grad(found, inputs, g), grad(expected, inputs, g), strict=True):
-        assert_close(a, b)
+        self.groups = Groups(index.sort().values, 10)
+        self.rows = Groups(random.below(7, n_rows), 8, False)
+        self.w, self.x = random.normal(n_rows, k, dtype=dtype), random.normal(n_rows, columns, dtype=dtype)
+        self.y, self.z = random.normal(8, columns, dtype=dtype), random.normal(10, columns, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
