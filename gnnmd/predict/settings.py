@@ -18,7 +18,7 @@ class InferenceSettings:
             only, the process-wide switch is put back.
         compile: run the backbone through `torch.compile`; the first calls take minutes.
         kernels: which version of its operations a model uses that has several: "torch", "triton", or "auto",
-            the fastest that is there (see `gnnmd.kernels`).
+            the fastest that is known to be so (see `gnnmd.kernels`).
         merge_experts: mix the weights of a mixture of experts once instead of at every call, for systems of
             one composition, charge, spin and data set as in a simulation; mixed again as soon as one of them
             changes. Takes the memory of one more model without experts; nothing where there are none.
