@@ -9,7 +9,15 @@ PARTS = ("interior", "boundary", "pack", "communication", "backward_communicatio
 
 
 def records(group, n_atoms):
-    options = {"channels": 4, "layers": 1, "edge_chunk": None, "tf32": False, "no_stress": True, "calls": 1}
+    options = {
+        "channels": 4,
+        "layers": 1,
+        "edge_chunk": None,
+        "kernels": "auto",
+        "tf32": False,
+        "no_stress": True,
+        "calls": 1,
+    }
     return measure(Ranks(group), n_atoms, options)
 
 
