@@ -118,7 +118,9 @@ def _spread_md(config: MDConfig) -> MDConfig:
     read_structure(config.structure, config.repeat)
     read_info(config.model)
     check_writable(Path(_RUNS), "free some space, or start in another folder")
-    return replace(config, device="cuda") if launch.gpus_per_node and config.device is None else config
+    device = "cuda" if launch.gpus_per_node and config.device is None else config.device
+    workers = launch.processes if launch.kind == "local" else config.workers  # a job starts them itself
+    return replace(config, device=device, workers=workers)
 
 
 def _place_md(config: MDConfig) -> tuple[MDConfig, Path]:

@@ -56,6 +56,7 @@ def start(name: str, arguments: Sequence[str]) -> int:
     chosen = sweep(plain) if several else [plain]
     configs = [COMMANDS[name].load(arguments) for arguments in chosen]
     if {config.launch.kind for config in configs} == {"local"}:
+        configs = [COMMANDS[name].spread(c) if c.launch.chosen else c for c in configs]
         if len(configs) == 1:
             return COMMANDS[name].run(configs[0], None)
         return _one_by_one(name, configs, [_difference(run, chosen) for run in chosen])

@@ -12,6 +12,8 @@ class LaunchConfig:
 
     Attributes:
         kind: "local" runs here and now; "slurm" submits the run as a job, with code and configuration frozen.
+            The number of processes follows from nodes and gpus_per_node or tasks_per_node either way; where
+            none is said, a local run takes what ``parallel`` or ``workers`` says.
         nodes: hosts of the job.
         gpus_per_node: GPUs of each, with one process for each GPU; 0 computes on CPUs.
         tasks_per_node: processes per host of a job without GPUs.
@@ -85,3 +87,8 @@ class LaunchConfig:
     def processes(self) -> int:
         """Processes of the job."""
         return self.nodes * self.per_node
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the number of processes was said here."""
+        return self.gpus_per_node > 0 or self.processes > 1

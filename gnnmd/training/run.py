@@ -104,6 +104,7 @@ def train(
         FloatingPointError: the loss became NaN.
         WorkerDied: a process of its own was killed.
     """
+    _device(config.trainer)  # refused before anything is written
     world = World.from_environment()
     if world is not None and world.size > 1:
         parallel = config.parallel.over(world.size, f"{world.size} were started")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import gnnmd
 from gnnmd import cli
 from gnnmd.config import load_config, load_values
 from gnnmd.launch import start
-from gnnmd.launch.commands import place_groups
+from gnnmd.launch.commands import COMMANDS, place_groups
 from gnnmd.launch.freeze import freeze
 from gnnmd.launch.submit import _TEARDOWN
 from gnnmd.md.settings import MDConfig
@@ -61,6 +62,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], name: str 
         (["launch.partiton=gpu"], "did you mean 'launch.partition'?"),
         (["launch=slrum"], "launch=slrum: no such preset, did you mean 'slurm'?"),
         (["launch=local", "launch.nodes=2"], "launch: nodes=2, but kind=local is this machine alone"),
+        (["launch=local", "launch.tasks_per_node=3", "parallel.gp=2"], "launch.tasks_per_node=3 starts 3"),
+        (["launch=local", "launch.gpus_per_node=2"], "trainer.device=cuda, but torch finds no GPU"),
     ],
 )
 def test_what_cannot_run_is_refused_before_it_is_queued(
@@ -108,6 +111,22 @@ def test_a_run_of_another_model_is_not_resumed(data: list[str], capsys: pytest.C
     arguments = [f"resume={run}", "launch.kind=slurm", "launch.time=00:30:00", "model.channels=8"]
     message = refused(arguments, capsys)
     assert "that run has model.channels=4, this configuration has not. Drop the change" in message
+
+
+@pytest.mark.parametrize("name", ["train", "md"])
+def test_a_local_run_takes_as_many_processes_as_a_job_would(
+    name: str, data: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    command = replace(COMMANDS[name], run=lambda config, folder: taken.append(config) or 0)
+    monkeypatch.setitem(COMMANDS, name, command)
+    arguments = data[:-2] if name == "train" else ["structure=Ag"]
+    for more in ([], ["launch.tasks_per_node=2"]):
+        assert cli.main([name, *arguments, "launch.kind=local", *more]) == 0
+    if name == "train":
+        assert [c.parallel.dp for c in taken] == [None, 2]
+    else:
+        assert [c.workers for c in taken] == [None, 2]
 
 
 def test_processes_of_srun_do_not_submit(
