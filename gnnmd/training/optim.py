@@ -2,19 +2,22 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from gnnmd.training.muon import Muon
 from gnnmd.training.schedule import ScheduleConfig, learning_rate_factor
 
 
 @dataclass
 class OptimConfig:
-    """AdamW, its learning rate over time, clipping, and the average of the weights.
+    """The optimiser, its learning rate over time, clipping, and the average of the weights.
 
     Attributes:
+        kind: "adamw", or "muon" for the weight matrices and AdamW for the rest (see `gnnmd.training.muon`).
         lr: highest learning rate.
         weight_decay: decay of weight matrices; biases, norms and (unless asked for) embeddings are left
             alone.
@@ -27,6 +30,7 @@ class OptimConfig:
         schedule: the learning rate over time.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = 5e-3
     weight_decay: float = 1e-3
     decay_embeddings: bool = False
@@ -45,32 +49,45 @@ class OptimConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
 
-def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
-    """Split the parameters into those that decay (weight matrices) and those that do not.
+def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Split the parameters into those that decay (weight matrices) and those that do not, and those for Muon.
 
     Biases shift and norms scale features: pulling them to zero changes what the network computes without
-    making it smoother.
+    making it smoother. The rows of an embedding are not used together, and a map to one number is no more
+    than a vector: they are not for Muon.
     """
+    matrices: list[nn.Parameter] = []
     decaying: list[nn.Parameter] = []
     fixed: list[nn.Parameter] = []
     for owner, name, parameter in _owned_parameters(module):
         is_norm = "norm" in type(owner).__name__.lower()
         spared = isinstance(owner, nn.Embedding) and not config.decay_embeddings
         plain = is_norm or spared or parameter.ndim < 2 or "bias" in name
-        (fixed if plain else decaying).append(parameter)
-    return [
+        if (
+            config.kind == "muon"
+            and not (plain or isinstance(owner, nn.Embedding))
+            and min(parameter.shape) > 1
+        ):
+            matrices.append(parameter)
+        else:
+            (fixed if plain else decaying).append(parameter)
+    groups: list[dict[str, Any]] = [
         {"params": decaying, "weight_decay": config.weight_decay},
         {"params": fixed, "weight_decay": 0.0},
     ]
+    if config.kind == "muon":
+        groups.append({"params": matrices, "weight_decay": config.weight_decay, "muon": True})
+    return groups
 
 
 def build_optimizer(
     module: nn.Module, config: OptimConfig, total_steps: int
 ) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """Return AdamW over the trainable parameters, and its schedule, to be stepped once per step."""
+    """Return the optimiser of the trainable parameters, and its schedule, to be stepped once per step."""
     groups = parameter_groups(module, config)
+    kind = Muon if config.kind == "muon" else torch.optim.AdamW
     # foreach: a few large kernels per step instead of ten per parameter
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), foreach=True)
+    optimizer = kind(groups, lr=config.lr, betas=(config.beta1, config.beta2), foreach=True)
 
     def factor(step: int) -> float:
         return learning_rate_factor(config.schedule, (step + 1) / max(1, total_steps))

@@ -90,9 +90,11 @@ def assert_same(found, ranks, expected, tolerance):
         assert relative(found.pairs[name], pairs) < tolerance, name
 
 
-@pytest.mark.parametrize("heads", ["conservative", "direct"])
-def test_loss_curves_errors_and_weights_do_not_depend_on_the_mesh(config, pool, heads):
-    config = replace(config, heads=heads)
+@pytest.mark.parametrize(
+    ("heads", "kind"), [("conservative", "adamw"), ("direct", "adamw"), ("conservative", "muon")]
+)
+def test_loss_curves_errors_and_weights_do_not_depend_on_the_mesh(config, pool, heads, kind):
+    config = replace(config, heads=heads, optim=replace(config.optim, kind=kind))
     expected = fit(None, config)
     assert len(expected.seen.losses) == 20
     assert expected.table["val_stress_mae"]
