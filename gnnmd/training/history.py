@@ -59,6 +59,7 @@ class History(Callback):
         units = "".join(f"{f'{name} {unit}':>20}" for name, unit in SHOWN_UNITS.items())
         self._console.print(f"{'':7}{'':10}mean absolute errors, training | validation (averaged weights)")
         self._console.print(f"{'epoch':>7}{'lr':>10}{units}{'s/epoch':>9}")
+        self._epoch_start = time.monotonic()  # Lightning does not announce an epoch that it resumes
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting."""
