@@ -18,6 +18,7 @@ import torch
 
 import gnnmd
 from gnnmd.predict.checkpoint import write_atomically
+from gnnmd.runs.process import is_gone, this_process
 
 RECORD = "run.json"
 #: In a copy of the code: the commit it is of.
@@ -37,8 +38,8 @@ class RunRecord:
     """Keeps ``run.json`` up to date while a run lasts; does nothing until `start` is called.
 
     As a context manager it writes how the run ended: "finished", "interrupted" (also by Ctrl-C) or "failed"
-    with the error. A process that is killed leaves "running". Each start adds to "sessions" and keeps what
-    earlier ones said, so a resumed run tells all of its history.
+    with the error. A process that is killed leaves "running", which the next start of the run corrects. Each
+    start adds to "sessions" and keeps what earlier ones said, so a resumed run tells all of its history.
     """
 
     def __init__(self) -> None:
@@ -59,7 +60,8 @@ class RunRecord:
         """
         self._path = folder / RECORD
         sessions = _earlier_sessions(self._path)
-        sessions.append({"start": _now(), "end": None, "state": "running", **surroundings()})
+        session = {"start": _now(), "end": None, "state": "running", "process": this_process()}
+        sessions.append(session | surroundings())
         self._content = {"kind": kind, "state": "running", **facts, "results": {}, "sessions": sessions}
         self._write()
 
@@ -98,7 +100,7 @@ def surroundings() -> dict[str, Any]:
     """Return command, code, versions, machine and the environment variables of `VARIABLES` that are set."""
     devices = range(torch.cuda.device_count())
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "folder": os.getcwd(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
@@ -108,6 +110,18 @@ def surroundings() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in devices],
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+
+def command() -> str:
+    """Return what was typed to start this process, to be pasted in the same folder."""
+    program, *arguments = sys.argv
+    path = Path(program)
+    start = [path.name]  # an installed script
+    if path.name == "__main__.py":
+        start = ["python", "-m", path.parent.name]
+    elif path.suffix == ".py":
+        start = ["python", program]
+    return shlex.join([*start, *arguments])
 
 
 def keep_git_state(code: Path, copy: Path) -> None:
@@ -155,12 +169,19 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _earlier_sessions(path: Path) -> list[dict[str, Any]]:
+def _earlier_sessions(path: Path) -> list[Any]:
+    """Return the sessions before this one, with what is known of those that could not say how they ended."""
     try:
         sessions = json.loads(path.read_text())["sessions"]
     except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: the run matters more
         return []
-    return sessions if isinstance(sessions, list) else []
+    if not isinstance(sessions, list):
+        return []
+    for session in sessions:
+        if isinstance(session, dict) and session.get("state") == "running":
+            gone = is_gone(session.get("process"))
+            session["state"] = {True: "killed", False: "running", None: "unknown end"}[gone]
+    return sessions
 
 
 def _now() -> str:

@@ -14,6 +14,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from gnnmd.runs.process import is_gone
+
 #: Written by runs: gnnmd.runs.record and gnnmd.training.run (not imported: torch takes seconds).
 RECORD, CONFIG, METRICS, ERRORS = "run.json", "config.yaml", "metrics.csv", "errors.json"
 COLUMNS = (
@@ -64,6 +66,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     errors = _read(folder / ERRORS, json.loads, damaged)
     metrics = _metrics(folder / METRICS, damaged)
     state = record.get("state", "unknown" if config or metrics else "foreign")
+    if state == "running":
+        state = _running(folder, record)
     if damaged:
         state = f"damaged ({', '.join(damaged)})"
     results = {
@@ -107,8 +111,7 @@ def _comparable(run: Mapping[str, Any], part: str) -> Mapping[str, Any]:
     """Return what is worth comparing: of a record, state, code, versions and machine of the last session."""
     if part != "record":
         return dict(run[part])
-    sessions = run["record"].get("sessions")
-    last = sessions[-1] if isinstance(sessions, list) and sessions and isinstance(sessions[-1], dict) else {}
+    last = _session(run["record"], -1)
     kept = {k: last[k] for k in ("host", "git", "versions", "cuda", "gpus", "environment") if k in last}
     return {"state": run["row"]["state"], **kept}
 
@@ -169,10 +172,26 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _start(record: Mapping[str, Any]) -> str:
+def _running(folder: Path, record: Mapping[str, Any]) -> str:
+    """Return what is known of a run that has not told its end; of other machines, its last change."""
+    gone = is_gone(_session(record, -1).get("process"))
+    if gone is not None:
+        return "killed" if gone else "running"
+    try:
+        last = max(entry.stat().st_mtime for entry in folder.iterdir())
+    except (OSError, ValueError):
+        return "running?"
+    return f"running? last change {datetime.fromtimestamp(last):%Y-%m-%d %H:%M}"
+
+
+def _session(record: Mapping[str, Any], i: int) -> Mapping[str, Any]:
     sessions = record.get("sessions")
-    first = sessions[0] if isinstance(sessions, list) and sessions else {}
-    start = first.get("start") if isinstance(first, dict) else None
+    session = sessions[i] if isinstance(sessions, list) and sessions else {}
+    return session if isinstance(session, dict) else {}
+
+
+def _start(record: Mapping[str, Any]) -> str:
+    start = _session(record, 0).get("start")
     try:
         return datetime.fromisoformat(start).isoformat() if isinstance(start, str) else ""
     except ValueError:

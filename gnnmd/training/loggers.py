@@ -2,6 +2,7 @@
 
 import netrc
 import os
+import secrets
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,11 @@ from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from gnnmd.predict.checkpoint import write_atomically
 from gnnmd.training.settings import LoggerConfig, TrainConfig
+
+#: Holds the name of the run in W&B, where folders of other places have the same names.
+WANDB_ID = "wandb_id"
 
 
 def make_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
@@ -30,7 +35,7 @@ def make_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
 
         logger = WandbLogger(
             name=folder.name,
-            id=folder.name,
+            id=wandb_id(folder),
             project=given.project,
             entity=given.entity,
             offline=is_offline(given),
@@ -40,6 +45,14 @@ def make_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
         logger.log_hyperparams(asdict(config))
         return [logger]
     return []
+
+
+def wandb_id(folder: Path) -> str:
+    """Return the id of a run in W&B: random, and kept in its folder for when it is resumed."""
+    file = folder / WANDB_ID
+    if not file.exists():
+        write_atomically(file, secrets.token_hex(8).encode())
+    return file.read_text().strip()
 
 
 def is_offline(config: LoggerConfig) -> bool:

@@ -1,11 +1,15 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from gnnmd import cli
 from gnnmd.runs import record
-from gnnmd.runs.record import RECORD, RunRecord
+from gnnmd.runs.process import is_gone, this_process
+from gnnmd.runs.record import RECORD, RunRecord, command
 from gnnmd.runs.table import differences, read_run
 
 
@@ -139,3 +143,81 @@ def test_a_copy_of_the_code_knows_the_commit_it_is_of(tmp_path):
     code = Path(record.__file__).parents[1]
     record.keep_git_state(code, tmp_path)
     assert record.git_state(tmp_path) == record.git_state(code)
+
+
+@pytest.fixture
+def other():
+    """Another process, and what it says of itself."""
+    script = (
+        "import json, sys; from gnnmd.runs.process import this_process as this; "
+        "print(json.dumps(this()), flush=True); sys.stdin.read()"
+    )
+    started = subprocess.Popen([sys.executable, "-c", script], stdin=-1, stdout=-1, text=True)
+    started.said = json.loads(started.stdout.readline())
+    yield started
+    started.kill()
+    started.communicate()
+
+
+def left_running(folder, process):
+    """Make a run whose process has not told its end."""
+    make_run(folder, 0.01, 0.1)
+    content = read(folder)
+    content["state"] = content["sessions"][0]["state"] = "running"
+    content["sessions"][0] |= {"process": process, "end": None}
+    (folder / RECORD).write_text(json.dumps(content))
+
+
+def test_a_run_whose_process_was_killed_is_told_from_one_that_runs(tmp_path, other):
+    left_running(tmp_path / "a", other.said)
+    assert read_run(tmp_path / "a")["row"]["state"] == "running"
+    other.kill()
+    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # dead, and not collected yet
+    assert read_run(tmp_path / "a")["row"]["state"] == "killed"
+    other.wait()
+    assert read_run(tmp_path / "a")["row"]["state"] == "killed"
+    with RunRecord() as run:
+        run.start(tmp_path / "a", "train", {})
+        assert read_run(tmp_path / "a")["row"]["state"] == "running"
+    assert [session["state"] for session in read(tmp_path / "a")["sessions"]] == ["killed", "finished"]
+
+
+def test_a_session_that_goes_on_beside_a_new_one_is_not_called_killed(tmp_path, other):
+    left_running(tmp_path, other.said)
+    with RunRecord() as run:
+        run.start(tmp_path, "md", {})
+    assert [session["state"] for session in read(tmp_path)["sessions"]] == ["running", "finished"]
+
+
+def test_a_number_that_another_process_has_now_is_not_the_process_of_then(other):
+    assert is_gone(other.said) is False
+    assert is_gone({**other.said, "began": other.said["began"] - 1}) is True
+
+
+def elsewhere(process, what):
+    return {**process, what: "another"}
+
+
+@pytest.mark.parametrize(
+    "process",
+    [elsewhere(this_process(), "boot"), elsewhere(this_process(), "namespace"), {"pid": 1}, None, 3],
+)
+def test_of_a_process_elsewhere_only_the_last_change_is_told(tmp_path, process):
+    left_running(tmp_path, process)
+    assert read_run(tmp_path)["row"]["state"].startswith("running? last change 20")
+    with RunRecord() as run:
+        run.start(tmp_path, "train", {})
+    assert read(tmp_path)["sessions"][0]["state"] == "unknown end"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "typed"),
+    [
+        (["/opt/venv/bin/gnnmd", "train", "name=a b"], "gnnmd train 'name=a b'"),
+        (["/home/me/gnnmd/__main__.py", "md", "steps=3"], "python -m gnnmd md steps=3"),
+        (["mine/fit.py", "--fast"], "python mine/fit.py --fast"),
+    ],
+)
+def test_the_command_of_a_run_can_be_typed_again(monkeypatch, arguments, typed):
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert command() == typed

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gnnmd.training.loggers import is_offline
+from gnnmd.training.loggers import WANDB_ID, is_offline, wandb_id
 from gnnmd.training.run import train
 from gnnmd.training.settings import LoggerConfig
 from tests.training.conftest import columns
@@ -50,7 +50,14 @@ def test_wandb_without_a_key_keeps_everything_here_and_a_resumed_run_goes_on(two
     assert train(replace(config, resume=str(folder))).folder == folder
     both = offline_runs(folder)
     assert len(both) == 2
-    assert all(path.name.endswith(f"-{folder.name}") for path in both)
+    assert len({path.name.rpartition("-")[2] for path in both}) == 1  # one run of W&B
+
+
+def test_runs_of_the_same_name_in_two_places_are_two_in_wandb(tmp_path):
+    a, b = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    assert wandb_id(a) != wandb_id(b)
+    assert wandb_id(a) == wandb_id(a)
+    assert [path.name for path in a.iterdir()] == [WANDB_ID]  # nothing partial is left
 
 
 def test_the_next_run_of_a_process_is_a_run_of_its_own(config):
