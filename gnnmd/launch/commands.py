@@ -104,18 +104,34 @@ def _train(config: TrainConfig, folder: Path | None) -> int:
     return 130 if train(config, folder=folder).interrupted else 0
 
 
+def _load_md(arguments: Sequence[str]) -> MDConfig:
+    """Return the configuration of a run; one to resume begins with its own."""
+    from gnnmd.md.run import CONFIG
+
+    config = load_values(MDConfig, arguments)
+    begun = Path(config.restart or "") / CONFIG
+    if config.resume and begun.is_file():
+        return load_values(MDConfig, [str(begun), *arguments])
+    return config
+
+
 def _spread_md(config: MDConfig) -> MDConfig:
+    from gnnmd.md.run import check_resumable
+
     launch = config.launch
     if config.workers not in (None, launch.processes):
         raise ValueError(
             f"workers={config.workers}, but the workers of a job are its {launch.processes} processes: leave "
             "it out, and set launch.nodes and launch.gpus_per_node"
         )
-    if config.resume and not steps_in(Path(config.restart or "")):
+    if not config.resume:
+        read_structure(config.structure, config.repeat)
+    elif steps_in(Path(config.restart or "")):
+        check_resumable(config)
+    else:
         raise FileNotFoundError(
             f"resume=true, but {config.restart} holds no restart: leave resume out, or set restart="
         )
-    read_structure(config.structure, config.repeat)
     read_info(config.model)
     check_writable(Path(_RUNS), "free some space, or start in another folder")
     device = "cuda" if launch.gpus_per_node and config.device is None else config.device
@@ -157,7 +173,7 @@ COMMANDS = {
         lambda c: f"training {c.name} as dp={c.parallel.dp} x gp={c.parallel.gp}",
     ),
     "md": Command(
-        lambda arguments: load_values(MDConfig, arguments),
+        _load_md,
         _spread_md,
         _place_md,
         _md,

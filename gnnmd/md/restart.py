@@ -173,8 +173,8 @@ def check_potential(kept: Shards, found: dict[str, Any]) -> None:
     if kept.known["potential"] != found:
         raise ValueError(
             f"{kept.path} was written with another potential, {kept.known['potential']}, than the one it "
-            f"shall go on with, {found}. Take the same checkpoint and dtype, or pass new_potential=True if "
-            "that is what you want"
+            f"shall go on with, {found}. Take the same checkpoint and dtype, or call Simulation.resume "
+            "with new_potential=True if that is what you want"
         )
 
 

@@ -1,7 +1,8 @@
 """A run of molecular dynamics from its configuration, and the command ``gnnmd md``."""
 
+import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from gnnmd.data.structures import read_structure
@@ -12,8 +13,19 @@ from gnnmd.md.settings import MDConfig
 from gnnmd.md.simulation import Simulation
 from gnnmd.parallel import World
 from gnnmd.predict import InferenceSettings, PredictUnit
+from gnnmd.predict.checkpoint import write_atomically
 from gnnmd.runs.record import RunRecord
 from gnnmd.units import MEV
+
+#: In a folder of restarts: the configuration of their run. JSON is YAML too.
+CONFIG = "config.yaml"
+#: What it leaves out: where a run takes place.
+_PLACE = ("launch", "device", "workers", "resume", "restart")
+#: What may change when a run goes on; the model is compared by its weights.
+_MAY_CHANGE = (
+    *("model", "steps", "edge_chunk", "skin", "max_temperature", "restart_interval", "keep"),
+    *("log", "log_interval", "trajectory", "trajectory_interval"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,8 @@ def _run_md(config: MDConfig, unit: PredictUnit | None, live: bool, record: RunR
             f"{config.restart} holds the restarts of an earlier run: add resume=true to go on from them, or "
             "choose another restart= (and trajectory=, log=)"
         )
+    if config.resume:
+        check_resumable(config)
     averages = Average(interval=config.log_interval)
     reporters = [averages, Thermo(interval=config.log_interval, path=config.log, live=live), *_files(config)]
     if unit is None:
@@ -70,6 +84,8 @@ def _run_md(config: MDConfig, unit: PredictUnit | None, live: bool, record: RunR
         )
     simulation = _resumed(config, unit, reporters) if config.resume else _new(config, unit, reporters)
     if config.restart is not None and unit.first:
+        kept = {name: value for name, value in asdict(config).items() if name not in _PLACE}
+        write_atomically(Path(config.restart) / CONFIG, json.dumps(kept, indent=2).encode())
         record.start(Path(config.restart).absolute().parent, "md", {"name": "md", "config": asdict(config)})
     code = 0
     try:
@@ -81,6 +97,33 @@ def _run_md(config: MDConfig, unit: PredictUnit | None, live: bool, record: RunR
     counters = asdict(simulation.counters)
     record.finish("interrupted" if code else "finished", step=simulation.step, counters=counters)
     return MDResult(simulation, averages, code)
+
+
+def check_resumable(config: MDConfig) -> None:
+    """Refuse to go on with a run that is another one by its meaning, as far as its folder tells.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    file = Path(config.restart or "") / CONFIG
+    if not file.is_file():  # written by a script of the user's
+        return
+    try:
+        saved = {
+            str(k): tuple(v) if isinstance(v, list) else v for k, v in json.loads(file.read_text()).items()
+        }
+    except (ValueError, AttributeError):
+        raise ValueError(
+            f"{file} is damaged: remove it, and give all that the run to resume was given"
+        ) from None
+    names = [f.name for f in fields(config) if f.name not in (*_PLACE, *_MAY_CHANGE)]
+    changed = [f"{n}={saved[n]}" for n in names if n in saved and saved[n] != getattr(config, n)]
+    if changed:
+        raise ValueError(
+            f"resume=true: the run in {config.restart} has {', '.join(changed)}, this configuration has not. "
+            "Leave that out to go on with it, or start a new run from its last frame: resume=false "
+            "structure=<its trajectory>, and restart=, trajectory=, log= of its own"
+        )
 
 
 def md(config: MDConfig) -> int:

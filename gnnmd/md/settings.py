@@ -52,7 +52,8 @@ class MDConfig:
             where, on which code and how it ended.
         restart_interval: steps between two restarts; one is also written when the run ends or is interrupted.
         keep: how many restarts stay.
-        resume: go on from ``restart``: on any number of workers, with the ensemble of then.
+        resume: go on from ``restart`` as that run was configured, on any number of workers; ``steps``, log,
+            trajectory and the like may change, what decides the course of events may not.
         max_temperature: K; a hotter system stops the run. None is ten times ``temperature``, at least 5000 K.
     """
 

@@ -55,6 +55,11 @@ METRICS = "metrics.csv"
 ERRORS = "errors.json"
 #: Frames that settle what a fresh network says of each element.
 FRESH_FRAMES = 10
+#: What may change when a run goes on: where, in how many parts, for how long, and what is told of it.
+_MAY_CHANGE = re.compile(
+    r"name|runs|resume|init_from|(launch|logger|parallel)\..*|data\.(num_workers|max_(frames|atoms|edges))"
+    r"|trainer\.(max_epochs|max_time|early_stop|validate_every|edge_chunk|device|deterministic|progress)"
+)
 _DATE = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(_\d+)?"
 
 
@@ -145,9 +150,10 @@ def _train_on(
     if ranks.rank:  # the first one tells what all of them find
         console = Console(quiet=True)
         warnings.simplefilter("ignore")
-    own = folder is not None
     folder, resumed = ranks.from_first(run_folder(config) if folder is None else _again(folder))
     check_writable(folder, "free some space, or choose another place with runs=")
+    if resumed:
+        check_resumable(folder, config)
     source = None if config.init_from is None else load_checkpoint(find_source(config.init_from))
     known = config.model if source is None else source[0].backbone
     data = AtomsDataModule(
@@ -164,8 +170,6 @@ def _train_on(
     data.setup()
     torch.manual_seed(config.seed)
     if resumed:
-        if not own:  # a job's own folder holds the architecture that init_from gave it
-            check_resumable(folder, config)
         potential = _stored_shape(folder)
         if config.finetune.freeze_backbone:
             potential.backbone.requires_grad_(False)
@@ -479,9 +483,10 @@ def _dtype(config: TrainConfig) -> torch.dtype:
 
 
 def check_resumable(folder: Path, config: TrainConfig) -> None:
-    """Refuse to resume a run of another architecture: its weights would not fit.
+    """Refuse to go on in the folder of a run that is another one by its meaning.
 
     Raises:
+        FileNotFoundError: nothing tells what the run is.
         ValueError: names what differs.
     """
     if not (folder / CONFIG).exists():
@@ -489,18 +494,49 @@ def check_resumable(folder: Path, config: TrainConfig) -> None:
             f"resume={folder}: no {CONFIG} there, so nothing tells whether this is the same run. Copy the "
             f"whole run folder, or use init_from={folder} to start a new run from its weights"
         )
-    mine, saved = _plain(asdict(config)), _read_config(folder)
-    changed = [f"heads={saved['heads']}"] if saved["heads"] != mine["heads"] else []
-    model = {k: v for k, v in saved["model"].items() if mine["model"].get(k) != v}
-    if "type" in model:  # then the other keys mean something else
-        model = {"type": model["type"]}
-    changed += [f"model.{k}={v}" for k, v in model.items()]
-    changed += [f"finetune.{k}={v}" for k, v in saved["finetune"].items() if mine["finetune"][k] != v]
+    saved, mine = _read_config(folder), _plain(asdict(config))
+    changed = []
+    if config.init_from is not None:
+        saved["model"] = mine["model"]  # the run has that of its source instead
+        if config.init_from != saved.get("init_from"):
+            changed.append(f"init_from={saved.get('init_from')}")
+    changed += _differences(saved, mine)
     if changed:
+        more = f" and {len(changed) - 4} more" if len(changed) > 5 else ""
         raise ValueError(
-            f"resume={folder}: that run has {', '.join(changed)}, this configuration has not. Drop the "
-            f"change, or use init_from={folder} to start a new run from its weights"
+            f"resume={folder}: that run has {', '.join(changed[: 4 if more else 5])}{more}, this "
+            "configuration has not. Drop the change, leave resume out to start a fresh run, or use "
+            f"init_from={folder} to start a new run from its weights"
         )
+
+
+def _differences(saved: dict[str, Any], mine: dict[str, Any]) -> list[str]:
+    """Return ``key=value`` of a saved configuration where another one means a run of its own."""
+    if saved["model"].get("type") != mine["model"]["type"]:  # then the other keys mean something else
+        return [f"model.type={saved['model'].get('type')}"]
+    values = _flat(mine)
+    changed = [
+        f"{key}={'null' if value is None else value}"
+        for key, value in _flat(saved).items()
+        if not _MAY_CHANGE.fullmatch(key) and value != values.get(key, value)
+    ]
+    for limit in ("max_frames", "max_atoms", "max_edges"):  # of every replica
+        before, now = (
+            c["data"].get(limit) and c["data"][limit] * (c["parallel"].get("dp") or 1) for c in (saved, mine)
+        )
+        if before != now:
+            changed.append(f"data.{limit} x parallel.dp={'null' if before is None else before}")
+    return changed
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return values by dotted keys; an optional section is "on" or None."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        is_section = isinstance(value, dict)
+        flat[prefix + key] = "on" if is_section else value
+        flat |= _flat(value, f"{prefix}{key}.") if is_section else {}
+    return flat
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -508,12 +544,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         saved = yaml.safe_load((folder / CONFIG).read_text())
     except (ValueError, yaml.YAMLError):
         saved = None
-    sections = ("model", "finetune")
-    if (
-        not isinstance(saved, dict)
-        or "heads" not in saved
-        or not all(isinstance(saved.get(name), dict) for name in sections)
-    ):
+    sections = ("model", "data", "parallel")
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), dict) for name in sections):
         raise ValueError(
             f"resume={folder}: {CONFIG} is damaged. Copy it again from where the run was made, or use "
             f"init_from={folder} to start a new run from its weights"

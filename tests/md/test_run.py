@@ -101,6 +101,52 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(thermostat: str) ->
     assert value == pytest.approx(error, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"timestep": 2.0}, "timestep=5.0"),
+        ({"ensemble": "npt"}, "ensemble=nvt"),
+        ({"structure": "Au", "friction": 0.1}, "structure=Ag, friction=0.01"),
+        ({"repeat": (3, 2, 2)}, r"repeat=\(2, 2, 2\)"),
+        ({"dtype": "float64"}, "dtype=float32"),
+        ({"seed": 1}, "seed=0"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another_one(options: dict, named: str) -> None:
+    run(steps=2, ensemble="nvt")
+    with pytest.raises(ValueError, match=f"md.restart has {named}, this .*structure=<its traj") as refused:
+        run(**{"ensemble": "nvt", **options}, resume=True)
+    assert "\n" not in str(refused.value)
+    assert json.loads(Path("run.json").read_text())["state"] == "finished"
+
+
+def test_a_resumed_run_may_be_looked_at_in_other_ways() -> None:
+    run(steps=2)
+    last = run(
+        resume=True, steps=5, log="more.csv", log_interval=2, trajectory=None, keep=1, skin=1.0, edge_chunk=9
+    )
+    assert last.simulation.step == 5
+    with pytest.raises(ValueError, match="written with another potential"):
+        run_md(config(resume=True), unit=PredictUnit(lennard_jones(), device="cpu"))  # float32
+
+
+def test_a_resumed_command_begins_with_the_configuration_of_its_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["repeat=[2,2,2]", "ensemble=nvt", "temperature=700", "log=null", "trajectory=null"]
+    assert main(["md", *arguments, "restart=a", "steps=2", "device=cpu", "dtype=float64"]) == 0
+    assert main(["md", "resume=true", "restart=a", "steps=4", "device=cpu", "temperature=300"]) == 1
+    assert "the run in a has temperature=700.0, this configuration has not" in capsys.readouterr().err
+    assert main(["md", "resume=true", "restart=a", "steps=4", "device=cpu"]) == 0
+    assert "going on from a with silver to step 4" in capsys.readouterr().out
+    assert {path.name for path in Path().iterdir()} == {"a", "run.json"}
+    Path("a/config.yaml").write_text("{")
+    assert main(["md", "resume=true", "restart=a", "steps=4", "device=cpu"]) == 1
+    assert "a/config.yaml: not a YAML file" in capsys.readouterr().err
+    Path("a/config.yaml").unlink()  # a restart that a script has written says only what it holds
+    assert main(["md", "resume=true", "restart=a", "steps=4", "device=cpu", "dtype=float64"]) == 0
+
+
 def test_constraints_of_the_structure_hold_also_after_resuming() -> None:
     atoms = bulk("Ag", cubic=True) * 2
     atoms.set_constraint(FixAtoms([0, 5]))

@@ -28,6 +28,7 @@ from gnnmd.models.heads import FittingNetConfig
 from gnnmd.nn.environment import Environment
 from gnnmd.predict import load_checkpoint
 from gnnmd.training.callbacks import BEST, LAST, STATE
+from gnnmd.training.losses import TermConfig
 from gnnmd.training.run import evaluate, train
 from gnnmd.training.settings import ParallelConfig
 from gnnmd.training.stopwatch import PARTS
@@ -142,6 +143,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_last_digit(config, s
     resumed = train(replace(config, resume=str(stopped))).folder
     assert resumed == stopped
     np.testing.assert_array_equal(columns(resumed, *CURVES), columns(whole, *CURVES))
+    assert columns(resumed, "seconds")[:, 0].astype(float).max() < 60
     assert torch.equal(weights(resumed / LAST), weights(whole / LAST))
     assert torch.equal(weights(resumed / BEST), weights(whole / BEST))
 
@@ -203,12 +205,68 @@ def test_a_job_that_starts_again_goes_on_in_its_folder(config, tmp_path):
     assert torch.equal(weights(mine / LAST), done)
 
 
+@pytest.mark.parametrize(
+    ("section", "changes", "named"),
+    [
+        ("loss", {"forces": TermConfig("l2", weight=7.0)}, "loss.forces.weight=1.0"),
+        ("data", {"energy_key": "E"}, "data.energy_key=energy"),
+        ("data", {"val": None}, "data.val=.*copper_val.xyz"),
+        ("data", {"max_frames": 4}, "data.max_frames x parallel.dp=2"),
+        ("optim", {"lr": 0.5, "ema_decay": 0.5}, "optim.lr=0.01, optim.ema_decay="),
+        ("trainer", {"precision": "float64"}, "trainer.precision=float32"),
+        ("trainer", {"accumulate": 2}, "trainer.accumulate=1"),
+        ("model", {"experts": ExpertsConfig()}, "model.experts=null"),
+        (None, {"seed": 5}, "seed=0"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another_one(config, tmp_path, section, changes, named):
+    config.trainer.max_epochs = 1
+    mine = train(config, folder=tmp_path / "mine").folder
+    changed = {section: replace(getattr(config, section), **changes)} if section else changes
+    other = replace(config, **changed)
+    for resume in (lambda: train(replace(other, resume=str(mine))), lambda: train(other, folder=mine)):
+        with pytest.raises(
+            ValueError, match=rf"that run has {named}.*Drop the change.*init_from="
+        ) as refused:
+            resume()
+        assert "\n" not in str(refused.value)
+
+
+def test_a_run_may_go_on_elsewhere_and_for_longer(config):
+    config.trainer.max_epochs = 1
+    mine = train(config).folder
+    other = replace(
+        config,
+        resume=str(mine),
+        name="other",
+        runs="elsewhere",
+        parallel=ParallelConfig(dp=2),
+        data=replace(config.data, max_frames=1, num_workers=1),
+        trainer=replace(config.trainer, max_epochs=2, max_time="01:00:00", edge_chunk=1000),
+    )
+    assert train(other).folder == mine
+    assert columns(mine, "epoch")[:, 0].tolist() == ["1", "2"]
+
+
+def test_many_differences_are_counted(config):
+    config.trainer.max_epochs = 1
+    mine = train(config).folder
+    other = replace(config.data, train="a", val="b", energy_key="E", forces_key="F", val_split=0.3)
+    with pytest.raises(
+        ValueError, match=r"has seed=0, data.train=\S*, data.val=\S*, data.val_split=0.1 and 2 mo"
+    ):
+        train(replace(config, resume=str(mine), data=other, seed=1))
+
+
 def test_a_job_that_continues_from_a_checkpoint_can_start_again(config, tmp_path):
     source, mine = train(config).folder, tmp_path / "mine"
-    other = replace(config, init_from=str(source), model=replace(config.model, channels=8))
+    other = replace(config, init_from=str(source), model=replace(config.model, channels=16))
     train(other, folder=mine, callbacks=[AtStep(7, ask_to_stop)])
     whole = train(other).folder
     train(other, folder=mine)
+    another = replace(other, init_from=str(whole))
+    with pytest.raises(ValueError, match=f"that run has init_from={source}, this configuration has not"):
+        train(another, folder=mine)
     np.testing.assert_array_equal(columns(mine, *CURVES), columns(whole, *CURVES))
 
 
