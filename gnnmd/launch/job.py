@@ -1,6 +1,7 @@
 """What every process of a job does: the run, and what follows from its end."""
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -14,6 +15,8 @@ from gnnmd.launch.slurm import job_state, requeue
 
 #: The first error of a job, in its folder; ``%j`` is the job's number.
 ERROR = "%j_error.txt"
+#: Asks the batch script to queue the job again.
+AGAIN = "%j_again"
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -45,6 +48,7 @@ class Job:
         Raises:
             Exception: what went wrong; the first process that fails writes it down.
         """
+        sys.argv = ["gnnmd", self.command, str(self.config)]  # what does the same again, for the run's record
         first = int(os.environ.get("SLURM_PROCID", "0")) == 0
         _listen(first)
         try:
@@ -62,9 +66,13 @@ class Job:
         sys.exit(0)  # submitit keeps no result then: the job is not done
 
     def _again(self) -> None:
-        """Queue the job again, unless Slurm is taking it away itself: cancelled, preempted, requeued."""
+        """Queue the job again, unless Slurm is taking it away itself: cancelled, preempted, requeued.
+
+        Containers have no commands of Slurm; there the batch script does it, after the last process.
+        """
         number = job_number()  # SLURM_JOB_ID of one element of an array is that of the whole array
-        if job_state(number) != "RUNNING":
+        able = shutil.which("scontrol") is not None
+        if able and job_state(number) != "RUNNING":
             print("stopped by Slurm; if it queues this job again, the run goes on from here", flush=True)
             return
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= self.requeues:
@@ -75,7 +83,10 @@ class Job:
             self._report(error)
             raise error
         print("queueing this job again; the run goes on from here", flush=True)
-        requeue(number)
+        if able:
+            requeue(number)
+        else:
+            (self.jobs / AGAIN.replace("%j", number)).touch()
 
     def _report(self, error: BaseException) -> None:
         """Write the error down if no other process has written one."""

@@ -16,7 +16,7 @@ from gnnmd.config import sweep, to_yaml
 from gnnmd.launch import slurm
 from gnnmd.launch.commands import COMMANDS
 from gnnmd.launch.freeze import freeze
-from gnnmd.launch.job import ERROR, Job
+from gnnmd.launch.job import AGAIN, ERROR, Job
 from gnnmd.parallel import World
 from gnnmd.parallel.rendezvous import PATIENCE
 from gnnmd.parallel.settings import LaunchConfig
@@ -33,6 +33,9 @@ if [ -n "$killed" ] || [ -s "$error" ]; then
     cat "$error" "$log" >> "$log.new" 2> /dev/null
     cat "$log.new" > "$log"
     rm "$log.new"
+fi
+if [ -e "$again" ] && [[ $(scontrol show job "$number") == *JobState=RUNNING* ]]; then
+    exec scontrol requeue "$number"
 fi
 exit $code
 """
@@ -156,8 +159,8 @@ def _job_folder(parent: Path, label: str) -> Path:
 def _parameters(launch: LaunchConfig, label: str, folder: Path, code: Path) -> dict[str, Any]:
     """Return what submitit makes the batch script of."""
     number = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-    error = shlex.quote(str(folder)) + "/" + ERROR.replace("%j", number)
-    log = shlex.quote(str(folder)) + f"/{number}_0_log.out"
+    jobs = shlex.quote(str(folder))
+    error, again = (f"{jobs}/{name.replace('%j', '${number}')}" for name in (ERROR, AGAIN))
     given = asdict(launch)
     options = dict(option.partition("=")[::2] for option in launch.sbatch)
     return {
@@ -186,8 +189,9 @@ def _parameters(launch: LaunchConfig, label: str, folder: Path, code: Path) -> d
             f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
             "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
             f"export {PATIENCE}={launch.join_timeout}",
-            f"error={error} log={log}",
-            'rm -f "$error"',
+            f"number={number}",
+            f"error={error} again={again} log={jobs}/${{number}}_0_log.out",
+            'rm -f "$error" "$again"',
         ],
         "teardown": _TEARDOWN.strip().splitlines(),
     }

@@ -10,13 +10,15 @@ from gnnmd.launch import job as jobs
 from gnnmd.launch.commands import Command
 from gnnmd.launch.job import Job
 from gnnmd.launch.slurm import duration, job_state
+from gnnmd.runs.record import command
 from tests.launch.conftest import Commands
 
 
 def job_of(monkeypatch: pytest.MonkeyPatch, folder: Path, run, **variables: str) -> Job:
     """Return a job whose run is a function of the run folder; this process is one of it."""
-    command = Command(lambda a: a, lambda c: c, lambda c: (c, folder), lambda c, f: 0 if run(f) else 138, str)
-    monkeypatch.setitem(jobs.COMMANDS, "test", command)
+    test = Command(lambda a: a, lambda c: c, lambda c: (c, folder), lambda c, f: 0 if run(f) else 138, str)
+    monkeypatch.setitem(jobs.COMMANDS, "test", test)
+    monkeypatch.setattr("sys.argv", ["_submit.py", str(folder)])
     given = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", **variables}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -42,6 +44,12 @@ def test_a_run_that_comes_to_its_end_is_the_result(commands: Commands, tmp_path,
     assert not commands.calls
 
 
+def test_the_record_of_a_job_holds_a_command_to_type(commands: Commands, tmp_path, monkeypatch) -> None:
+    found: list[str] = []
+    job_of(monkeypatch, tmp_path, lambda folder: found.append(command()) or True)()
+    assert found == [f"gnnmd test {tmp_path}/config.yaml"]
+
+
 def test_a_saved_run_is_queued_again_by_the_first_process(commands: Commands, tmp_path, monkeypatch) -> None:
     commands.says("scontrol", "JobId=17 JobState=RUNNING Reason=None")
     for rank in ("0", "1"):
@@ -49,6 +57,18 @@ def test_a_saved_run_is_queued_again_by_the_first_process(commands: Commands, tm
             job_of(monkeypatch, tmp_path, lambda folder: False, SLURM_PROCID=rank)()
         assert end.value.code == 0  # no failure: the others go on saving
     assert requeued(commands) == ["scontrol requeue 17"]
+
+
+def test_in_a_container_the_batch_script_is_asked_to_queue_the_job_again(
+    commands: Commands, tmp_path, monkeypatch
+) -> None:
+    for path in commands.folder.iterdir():
+        path.unlink()  # all commands of Slurm
+    with pytest.raises(SystemExit):
+        job_of(monkeypatch, tmp_path, lambda folder: False)()
+    assert (tmp_path / "17_again").exists()
+    with pytest.raises(TimeoutError):
+        job_of(monkeypatch, tmp_path, lambda folder: False, SLURM_RESTART_COUNT="3")()
 
 
 def test_one_run_of_a_sweep_is_queued_again_without_the_others(

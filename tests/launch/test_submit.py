@@ -111,6 +111,8 @@ def test_a_run_of_another_model_is_not_resumed(data: list[str], capsys: pytest.C
     arguments = [f"resume={run}", "launch.kind=slurm", "launch.time=00:30:00", "model.channels=8"]
     message = refused(arguments, capsys)
     assert "that run has model.channels=4, this configuration has not. Drop the change" in message
+    message = refused([*arguments[:-1], "optim.lr=1", "loss.forces.weight=2"], capsys)
+    assert "that run has loss.forces.weight=1.0, optim.lr=" in message
 
 
 @pytest.mark.parametrize("name", ["train", "md"])
@@ -214,6 +216,22 @@ def test_the_first_error_goes_to_the_top_of_the_log(srun: str, top: str, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["error", "log"]
 
 
+@pytest.mark.parametrize("state", ["RUNNING", "CANCELLED"])
+def test_the_batch_script_queues_a_saved_run_again_unless_slurm_ends_it(
+    state: str, tmp_path: Path, commands: Commands
+) -> None:
+    commands.says("scontrol", f"JobId=17 JobState={state} Reason=None")
+    (tmp_path / "log").touch()
+    (tmp_path / "again").touch()
+    environment = f"error={tmp_path}/error log={tmp_path}/log again={tmp_path}/again number=17_4"
+    environment += f" PATH={commands.folder}:/usr/bin:/bin"
+    code = subprocess.run(
+        ["/bin/bash", "-c", f"{environment}\n(exit 3)\n{_TEARDOWN}"], check=False
+    ).returncode
+    assert ("scontrol requeue 17_4" in commands.calls) == (state == "RUNNING")
+    assert code == (0 if state == "RUNNING" else 3)
+
+
 def test_a_log_without_errors_stays_as_it_is(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("epoch 1\n")
@@ -283,6 +301,20 @@ def test_dynamics_that_cannot_run_are_refused_before_they_are_queued(
     cpu = ["launch=slurm", "launch.gpus_per_node=0", "launch.time=00:30:00"]
     assert message in refused([*cpu, *arguments], capsys, "md")
     assert not commands.submitted
+
+
+def test_dynamics_that_would_be_others_are_not_queued(
+    commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["md", "repeat=[2,2,2]", "ensemble=nvt", "steps=2", "device=cpu"]) == 0
+    capsys.readouterr()
+    cpu = ["launch=slurm", "launch.gpus_per_node=0", "launch.time=00:30:00", "resume=true"]
+    line = refused([*cpu, "timestep=2", "repeat=[3,3,3]"], capsys, "md")
+    assert "the run in md.restart has repeat=(2, 2, 2), timestep=5.0, this configuration has not" in line
+    assert start("md", [*cpu, "steps=9", "launch.tasks_per_node=2", "trajectory=null"]) == 0
+    (file,) = Path("jobs").glob("*/config_0.yaml")
+    queued = load_values(MDConfig, [str(file)])
+    assert (queued.repeat, queued.ensemble, queued.steps) == ((2, 2, 2), "nvt", 9)  # as that run was
 
 
 def test_frozen_code_comes_first_wherever_python_starts(tmp_path: Path) -> None:
