@@ -14,6 +14,7 @@ from gnnmd.md.shards import steps_in
 from tests.slurm.cluster import Unavailable, cluster
 from tests.slurm.test_slurm import (
     DYNAMICS,
+    EPOCHS,
     REPOSITORY,
     STEPS,
     TRAINING,
@@ -74,7 +75,7 @@ def test_training_is_saved_queued_again_and_resumed() -> None:
     warn(job)
     assert ended(job) == "COMPLETED", log(job)
     (run,) = Path("runs").glob(f"job-{job}/*")
-    assert [row.split(",")[0] for row in epochs(run)] == [str(n) for n in range(1, 31)]
+    assert [row.split(",")[0] for row in epochs(run)] == [str(n) for n in range(1, EPOCHS + 1)]
     assert "continuing in" in log(job)
 
 
