@@ -88,7 +88,8 @@ def demo(arguments: Sequence[str]) -> int:
 
 def _train(out: Path) -> tuple[Path, np.ndarray]:
     """Train the preset; returns the checkpoint and ``[epochs, 2]`` epoch and validation force MAE (meV/A)."""
-    from gnnmd.training.run import METRICS, train
+    from gnnmd.training.folder import METRICS
+    from gnnmd.training.run import train
 
     result = train(load_config(["experiment=silver_fast", f"runs={out / 'runs'}"]))
     if result.interrupted:

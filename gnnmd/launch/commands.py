@@ -76,7 +76,7 @@ def _spread_training(config: TrainConfig) -> TrainConfig:
 def _check_inputs(config: TrainConfig) -> None:
     """Refuse files that are missing and runs that cannot be resumed."""
     from gnnmd.training.finetune import find_source
-    from gnnmd.training.run import check_resumable, run_folder
+    from gnnmd.training.folder import check_resumable, run_folder
 
     for split in ("train", "val", "test"):
         source = getattr(config.data, split)
@@ -91,7 +91,7 @@ def _check_inputs(config: TrainConfig) -> None:
 
 
 def _place_training(config: TrainConfig) -> tuple[TrainConfig, Path]:
-    from gnnmd.training.run import run_folder
+    from gnnmd.training.folder import run_folder
 
     folder, _ = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)

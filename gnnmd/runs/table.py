@@ -16,7 +16,7 @@ from rich.table import Table
 
 from gnnmd.runs.process import is_gone
 
-#: Written by runs: gnnmd.runs.record and gnnmd.training.run (not imported: torch takes seconds).
+#: Written by runs: gnnmd.runs.record and gnnmd.training.folder (not imported: torch takes seconds).
 RECORD, CONFIG, METRICS, ERRORS = "run.json", "config.yaml", "metrics.csv", "errors.json"
 COLUMNS = (
     *("name", "state", "date", "epochs", "steps", "val meV/atom", "val meV/A", "test meV/atom", "test meV/A"),

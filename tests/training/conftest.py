@@ -88,7 +88,7 @@ def _no_pictures(request, monkeypatch):
     """Leave out what takes half of a tiny run, unless a test asks for ``pictures``."""
     if "pictures" not in request.fixturenames:
         for name in ("save_parity_plot", "save_learning_curve"):
-            monkeypatch.setattr(f"gnnmd.training.run.{name}", lambda *_: None)
+            monkeypatch.setattr(f"gnnmd.training.report.{name}", lambda *_: None)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from gnnmd.parallel import GPContext, Mesh, Ranks, TimedContext
-from gnnmd.training import losses, run, strategy
+from gnnmd.training import losses, report, run, strategy
 from gnnmd.training.callbacks import STATE
 from gnnmd.training.history import MEASURED
 from gnnmd.training.settings import TrainConfig
@@ -102,9 +102,9 @@ def fit(group: Any, config: TrainConfig, fault: str = "") -> Trained | Seen:
     """Train; ranks other than the first return what they have seen."""
     ranks, watch, pairs = Ranks(group), Watch(), {}
     with ExitStack() as patches:
-        patches.enter_context(patch.object(run, "save_learning_curve", lambda *_: None))
+        patches.enter_context(patch.object(report, "save_learning_curve", lambda *_: None))
         patches.enter_context(
-            patch.object(run, "save_parity_plot", lambda path, found, _: pairs.update(found))
+            patch.object(report, "save_parity_plot", lambda path, found, _: pairs.update(found))
         )
         if fault:
             patches.enter_context(FAULTS[fault](ranks))

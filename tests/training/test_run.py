@@ -29,7 +29,8 @@ from gnnmd.nn.environment import Environment
 from gnnmd.predict import load_checkpoint
 from gnnmd.training.callbacks import BEST, LAST, STATE
 from gnnmd.training.losses import TermConfig
-from gnnmd.training.run import evaluate, train
+from gnnmd.training.report import evaluate
+from gnnmd.training.run import train
 from gnnmd.training.settings import ParallelConfig
 from gnnmd.training.stopwatch import PARTS
 from tests.training.conftest import columns

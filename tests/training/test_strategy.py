@@ -1,5 +1,6 @@
 """Many ranks against one: the same steps, errors and weights, however the processes share the work."""
 
+import shutil
 from dataclasses import replace
 
 import ase.io
@@ -185,8 +186,10 @@ def test_bfloat16_stays_close_on_a_mesh(config, pool):
     assert relative(found.table["val_forces_mae"], expected.table["val_forces_mae"]) < 0.02
 
 
-def test_a_run_is_continued_on_another_mesh(config, pool):
+def test_a_run_is_continued_on_another_mesh(config, pool, tmp_path):
     """One rank alone wants to stop, inside an epoch; all stop after the same step."""
+    train = shutil.copy(config.data.train, tmp_path / "train.xyz")
+    config = replace(config, data=replace(config.data, train=str(train)))
     whole = fit(None, config)
     (folder, other) = pool.run(2, stop_one, meshed(config, 2, 1), 1, 10, timeout=100.0)
     assert folder == other
@@ -196,10 +199,13 @@ def test_a_run_is_continued_on_another_mesh(config, pool):
         assert relative(found.table[name], column) < 1e-8, name
     assert relative(found.weights, whole.weights) < 1e-8
     assert relative(found.average, whole.average) < 1e-8
-    with pytest.raises(
-        ValueError, match=r"took 4 batches per epoch and 1 per step.* would take 8 and 1.*init_from"
-    ):
+    with pytest.raises(ValueError, match=r"that run has data.max_frames x parallel.dp=2.*init_from"):
         fit(None, replace(config, resume=folder, data=replace(config.data, max_frames=1)))
+    ase.io.write(train, ase.io.read(train, ":4"))  # the same configuration, other data
+    with pytest.raises(
+        ValueError, match=r"took 4 batches per epoch and 1 per step.* would take 2 and 1.*init_from"
+    ):
+        fit(None, replace(config, resume=folder))
 
 
 def test_memory_that_runs_out_on_one_rank_ends_all(config, pool):
