@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
+import torch
 from ase.build import bulk
 from ase.constraints import FixAtoms, FixCom
+from torch.overrides import TorchFunctionMode
 
 from gnnmd import InferenceSettings, PredictUnit
 from gnnmd.graph import AtomBatch
-from gnnmd.md import NVE, Langevin, Simulation
+from gnnmd.md import MTK, NVE, Bussi, Langevin, NoseHoover, Simulation, StochasticCell
 from gnnmd.models.emt import emt
 from gnnmd.models.escn_md import ExpertsConfig
 from gnnmd.models.merge import merged
@@ -38,8 +40,8 @@ def test_the_trajectory_does_not_depend_on_the_number_of_ranks(integrator):
 def test_steps_that_were_looked_at_too_late_are_repeated_and_change_nothing(monkeypatch):
     monkeypatch.setattr("gnnmd.md.simulation._HEAR", 1e9)  # the caller's questions are readings too
     ends = []
-    for haste in (1.5, 0.2):
-        monkeypatch.setattr("gnnmd.md.engine.HASTE", haste)
+    for margin in (0.95, 5.0):
+        monkeypatch.setattr("gnnmd.md.engine.MARGIN", margin)
         simulation = Simulation(crystal(), unit(), NVE(timestep=5), temperature=900, skin=0.5).run(60)
         ends.append((simulation.counters, simulation.atoms))
     assert ends[0][0].repeated == 0
@@ -100,3 +102,49 @@ def test_a_merged_mixture_of_experts_runs_on_ranks_and_refuses_other_systems():
             with pytest.raises(ValueError, match="the experts were merged for"):
                 Simulation(slab()[:-1], u, NVE(), temperature=10)
     np.testing.assert_allclose(ends[0], ends[1], rtol=0, atol=1e-11)
+
+
+class Waits(TorchFunctionMode):
+    """Counts what makes the host wait for a device: numbers, lists and shapes that depend on values."""
+
+    NAMES = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        mask = name == "__getitem__" and isinstance(args[1], torch.Tensor) and args[1].dtype == torch.bool
+        self.count += mask or name in self.NAMES
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "integrator", [NVE(5), Langevin(5), Bussi(5), NoseHoover(5), StochasticCell(5), MTK(5)]
+)
+def test_between_rebuilds_the_host_waits_for_readings_only(integrator, monkeypatch):
+    monkeypatch.setattr("gnnmd.md.simulation._HEAR", 1e9)
+    found = []
+    options = {"temperature": 10, "skin": 2.0, "evaluation": "standing"}
+    for steps in (20, 60):
+        simulation = Simulation(crystal(), unit(), integrator, **options)
+        with Waits() as waits:
+            simulation.run(steps)
+        assert simulation.counters.rebuilds == simulation.counters.repeated == 0
+        found.append((waits.count, simulation.counters.readings))
+    (few, few_readings), (many, many_readings) = found
+    assert many - few == many_readings - few_readings
+    assert 2 <= many_readings - few_readings <= 4
+
+
+@pytest.mark.parametrize(("temperature", "most"), [(300, 0.35), (900, 0.4)])
+def test_atoms_are_looked_at_about_twice_per_rebuild(temperature, most, monkeypatch):
+    """At every reading the host waits: the next one foresees when the skin will be used up."""
+    monkeypatch.setattr("gnnmd.md.simulation._HEAR", 1e9)
+    langevin = Langevin(timestep=5, temperature=temperature)
+    simulation = Simulation(crystal(), unit(), langevin, temperature=2 * temperature, skin=0.5).run(100)
+    counters = simulation.counters
+    assert counters.rebuilds > 8
+    assert counters.repeated == 0
+    assert counters.readings < most * 100
