@@ -63,13 +63,16 @@ class Counters:
         evaluations: calls of the network.
         rebuilds: plans made after the first.
         readings: times the host waited for the device to look how far atoms have moved.
-        repeated: times that steps were repeated because atoms had been faster than foreseen.
+        repeated: times that steps were repeated because atoms had been faster than foreseen (what others call
+            dangerous builds, which here leave no trace).
+        skin: of the plan now, given or found, Angstrom.
     """
 
     evaluations: int = 0
     rebuilds: int = 0
     readings: int = 0
     repeated: int = 0
+    skin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,12 @@ class Limits:
 
     Attributes:
         temperature: K, of all mobile atoms.
-        energy: eV per atom by which the potential energy may lie below where the simulation began: atoms that
-            fall together where the potential was never trained.
+        energy: eV per atom by which the potential energy may differ from where the simulation began. It falls
+            when atoms come together where the potential was never trained.
     """
 
     temperature: float = 20_000.0
-    energy: float = 5.0
+    energy: float = 10.0
 
 
 class Engine:
@@ -169,6 +172,7 @@ class Engine:
             headroom=headroom,
             saved=saved,
         )
+        self.counters.skin = self.plan.skin
         self.n_atoms = int(self.plan.graph.n_atoms.sum())
         self.n_mobile = round(float(self.total(self.plan.carried[_OWN.index("mobile")][:, 0])))
         self.evaluation = evaluation or self._best_evaluation(evaluator.device)
@@ -245,8 +249,7 @@ class Engine:
 
         Raises:
             RepeatSteps: see there.
-            RankFailure: positions or forces are not finite, or the plan could not be rebuilt.
-            SimulationError: the simulation is beyond its limits.
+            SimulationError: numbers are not finite or beyond their limits, or the plan could not be rebuilt.
         """
         moved, allowed = self._moved(s)
         used = _longest(moved) / allowed
@@ -378,12 +381,12 @@ class Engine:
                 f"{self._limits.temperature:.0f} K; the fastest atom is {self._extreme(s, s.velocities)}. "
                 f"{_REMEDY}"
             )
-        fallen = (self.first_energy - energy) / self.n_atoms
-        if fallen > self._limits.energy:
+        change = (energy - self.first_energy) / self.n_atoms
+        if abs(change) > self._limits.energy:
             raise SimulationError(
-                f"at step {s.step} the potential energy has fallen by {fallen:.2f} eV per atom since the "
-                f"beginning, more than {self._limits.energy} eV; the largest force acts on atom "
-                f"{self._extreme(s, s.forces)}. {_REMEDY}"
+                f"at step {s.step} the potential energy has {'risen' if change > 0 else 'fallen'} by "
+                f"{abs(change):.2f} eV per atom since the beginning, more than {self._limits.energy} eV; the "
+                f"largest force acts on atom {self._extreme(s, s.forces)}. {_REMEDY}"
             )
 
     def check_finite(self, s: State) -> None:
@@ -439,18 +442,31 @@ class Engine:
     def _rebuild(self, s: State) -> None:
         carried = (s.velocities, s.masses, s.mobile, *(s.columns[name] for name in s.columns))
         self._columns = tuple(s.columns)
-        self.plan = self.plan.rebuild(s.positions, s.cell[None], carried, skin=self.next_skin)
-        self.counters.rebuilds += 1
-        self.next_skin, self._stood = None, 0
-        n_atoms = int(self.plan.graph.n_atoms.sum())
+        try:
+            plan = self.plan.rebuild(s.positions, s.cell[None], carried, skin=self.next_skin)
+        except (ValueError, RankFailure) as error:  # its checks, which fail on every rank
+            raise SimulationError(f"at step {s.step} the plan could not be rebuilt: {error}") from error
+        n_atoms = int(plan.graph.n_atoms.sum())
         if n_atoms != self.n_atoms:
             raise SimulationError(
-                f"at step {s.step} there are {n_atoms} atoms of {self.n_atoms}: some were lost"
+                f"at step {s.step} there are {n_atoms} atoms of {self.n_atoms}: {self._lost(s, plan)}"
             )
+        self.plan = plan
+        self.counters.rebuilds += 1
+        self.counters.skin = plan.skin
+        self.next_skin, self._stood = None, 0
         s.positions = self.plan.positions.clone()
         s.forces = torch.zeros_like(s.positions)
         for name, value in self._owned_columns().items():
             setattr(s, name, value)
+
+    def _lost(self, s: State, plan: Plan) -> str:
+        """Say which atoms of a state a plan does not have, and which ranks held them. Collective."""
+        owner = s.ids.new_full((2, self.n_atoms), -1)
+        owner[0, s.ids] = owner[1, plan.ids[: plan.gp.n_owned]] = self.ranks.rank
+        before, after = self.ranks.max(owner)
+        lost = (after < 0).nonzero()[:, 0]
+        return f"atoms {_some(lost)} were lost, of ranks {before[lost].unique().tolist()}"
 
     def _owned_columns(self) -> dict[str, Any]:
         """Return what the plan carries, by its name in a `State`."""

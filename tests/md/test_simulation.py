@@ -25,9 +25,8 @@ def unit(workers=None):
     return PredictUnit(emt(), device="cpu", settings=EXACT, workers=workers)
 
 
-@pytest.mark.parametrize("integrator", [NVE(timestep=5), Langevin(timestep=5, temperature=600)])
-def test_the_trajectory_does_not_depend_on_the_number_of_ranks(integrator):
-    ends = []
+def test_the_trajectory_does_not_depend_on_the_number_of_workers():
+    integrator, ends = Langevin(timestep=5, temperature=600), []
     for workers in (None, 2):
         with unit(workers) as u:
             ends.append(Simulation(crystal(), u, integrator, temperature=600).run(30).run(20).atoms)
@@ -49,10 +48,11 @@ def test_steps_that_were_looked_at_too_late_are_repeated_and_change_nothing(monk
     np.testing.assert_array_equal(ends[1][1].positions, ends[0][1].positions)
 
 
-def test_fixed_atoms_stay_and_others_move():
+@pytest.mark.parametrize("integrator", [NVE(5), Langevin(5), Bussi(5), NoseHoover(5)])
+def test_fixed_atoms_stay_and_others_move(integrator):
     atoms = crystal()
     atoms.set_constraint(FixAtoms([0, 5]))
-    end = Simulation(atoms, unit(), Langevin(timestep=5, temperature=600)).run(20).atoms
+    end = Simulation(atoms, unit(), integrator, temperature=600, skin=0.5).run(20).atoms
     moved = np.linalg.norm(end.positions - atoms.positions, axis=1)
     assert (moved[[0, 5]] == 0).all()
     assert (np.delete(moved, [0, 5]) > 0).all()
@@ -73,6 +73,19 @@ def test_the_skin_that_is_found_changes_nothing_but_the_pace():
         simulation = Simulation(crystal(), unit(), NVE(timestep=5), temperature=600, skin=skin).run(60)
         ends.append(simulation.atoms.positions)
     np.testing.assert_allclose(ends[0], ends[1], rtol=0, atol=1e-11)
+
+
+def test_atoms_that_leave_the_cell_have_not_moved_farther_than_they_have():
+    """Displacements are those of unwrapped positions: crossing a boundary uses up no skin."""
+    atoms = crystal()
+    atoms.positions -= 0.01  # a layer on each side of three boundaries
+    atoms.set_momenta(atoms.get_masses()[:, None] * np.full(3, 2e-3))  # 0.02 A in 100 fs
+    simulation = Simulation(atoms, unit(), NVE(timestep=5), skin=0.5)
+    before = simulation.scalars()["total_energy"]
+    end = simulation.run(100)
+    assert end.counters.rebuilds == 0
+    assert (end.atoms.positions[0] > 0).all()
+    assert end.scalars()["total_energy"] == pytest.approx(before, abs=1e-10)
 
 
 @pytest.mark.parametrize("evaluation", ["standing", "captured"])

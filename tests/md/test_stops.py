@@ -198,7 +198,7 @@ def test_nothing_holds_the_process_group_after_the_ranks_have_parted(pool):
 
 
 WAITING = """
-import ctypes, os, signal
+import ctypes, os, signal, threading
 from gnnmd.md import signals
 signals.PATIENCE = 0.5
 with signals.listening():
@@ -207,7 +207,8 @@ with signals.listening():
 with signals.listening():
     mutex = ctypes.create_string_buffer(64)
     ctypes.CDLL(None).pthread_mutex_lock(mutex)
-    print("waiting", flush=True)
+    # later, so that the signal finds the main thread waiting and not on its way there
+    threading.Timer(0.5, print, ["waiting"], {"flush": True}).start()
     ctypes.CDLL(None).pthread_mutex_lock(mutex)  # for ever, as for a GPU
 """
 
@@ -219,7 +220,10 @@ def test_a_process_that_waits_for_ever_ends_after_sigterm():
     with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout.readline() == "waiting\n"
         process.terminate()
-        _, errors = process.communicate(timeout=30)
+        try:
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 128 + signal.SIGTERM
     assert "a rank has died" in errors
 
