@@ -1,9 +1,9 @@
 """Forces of a partitioned system, step after step: when a plan stands, when it is rebuilt, what is checked.
 
 Between rebuilds a step needs no answer from the device. How far atoms have moved is followed on the device
-at every step and read every few: the next reading is due before the fastest atom can have used up the skin.
-Should it have been faster, the reading shows it, and the steps since the last good one are repeated with
-closer readings. So no step ever stands whose edges may have been incomplete.
+at every step and read every few: the next reading is due when an atom, flying on as it does, will have used
+up the skin. Should it have been faster, the reading shows it, and the steps since the last good one are
+repeated with closer readings. So no step ever stands whose edges may have been incomplete.
 """
 
 import math
@@ -25,8 +25,8 @@ from gnnmd.predict.capture import CapturedPotential
 from gnnmd.predict.evaluation import RankPotential, own_arithmetic
 from gnnmd.units import BOLTZMANN, FEMTOSECOND
 
-#: A reading allows for atoms this much faster than the fastest one now.
-HASTE = 1.5
+#: The next reading is at the first step that may use up this part of the skin, by what is known now.
+MARGIN = 0.95
 #: Most steps between two readings.
 LONGEST = 20
 #: Atoms nearer than this at the start are taken for the same one given twice, Angstrom.
@@ -63,13 +63,16 @@ class Counters:
         evaluations: calls of the network.
         rebuilds: plans made after the first.
         readings: times the host waited for the device to look how far atoms have moved.
-        repeated: times that steps were repeated because atoms had been faster than foreseen.
+        repeated: times that steps were repeated because atoms had been faster than foreseen (what others call
+            dangerous builds, which here leave no trace).
+        skin: of the plan now, given or found, Angstrom.
     """
 
     evaluations: int = 0
     rebuilds: int = 0
     readings: int = 0
     repeated: int = 0
+    skin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,12 @@ class Limits:
 
     Attributes:
         temperature: K, of all mobile atoms.
-        energy: eV per atom by which the potential energy may lie below where the simulation began: atoms that
-            fall together where the potential was never trained.
+        energy: eV per atom by which the potential energy may differ from where the simulation began. It falls
+            when atoms come together where the potential was never trained.
     """
 
     temperature: float = 20_000.0
-    energy: float = 5.0
+    energy: float = 10.0
 
 
 class Engine:
@@ -169,6 +172,7 @@ class Engine:
             headroom=headroom,
             saved=saved,
         )
+        self.counters.skin = self.plan.skin
         self.n_atoms = int(self.plan.graph.n_atoms.sum())
         self.n_mobile = round(float(self.total(self.plan.carried[_OWN.index("mobile")][:, 0])))
         self.evaluation = evaluation or self._best_evaluation(evaluator.device)
@@ -245,14 +249,14 @@ class Engine:
 
         Raises:
             RepeatSteps: see there.
-            RankFailure: positions or forces are not finite, or the plan could not be rebuilt.
-            SimulationError: the simulation is beyond its limits.
+            SimulationError: numbers are not finite or beyond their limits, or the plan could not be rebuilt.
         """
-        used = self._skin_used(s)
+        moved, allowed = self._moved(s)
+        used = _longest(moved) / allowed
         self._unread += 1
         self.was_read = self._unread >= self._every
         if self.was_read:
-            self._read(s, used)
+            self._read(s, moved, allowed, used)
         else:
             self._worst = torch.maximum(self._worst, used)
         self.call(s, stress=stress or self.wants_stress)
@@ -299,8 +303,10 @@ class Engine:
         """What a rebuild costs beyond the plan: the next evaluation captures anew."""
         return self._captured.seconds if self.evaluation == "captured" else 0.0
 
-    def _skin_used(self, s: State) -> Tensor:
-        """Return the part of the skin that is used up, on this rank; above 1 an edge may be missing.
+    def _moved(self, s: State) -> tuple[Tensor, Tensor]:
+        """Return how far atoms of this rank have moved, ``[n, 3]``, and how far they may, Angstrom.
+
+        Beyond that an edge may be missing.
 
         With D the deformation of the cell since the build and d the largest displacement beyond it, pairs
         within r_cut now were within (r_cut + 2 d) |D^-1| then; 1 + |D^-1 - 1| (Frobenius) is not less than
@@ -308,23 +314,41 @@ class Engine:
         """
         plan = self.plan
         if not self._changes_cell:
-            moved, allowed = s.positions - plan.positions, max(plan.skin, 1e-12)
-            return 2 * _longest(moved) / allowed
+            return s.positions - plan.positions, s.positions.new_tensor(max(plan.skin, 1e-12) / 2)
         inverse = torch.linalg.inv_ex(s.cell)[0]
         identity = torch.eye(3, dtype=inverse.dtype, device=inverse.device)
         before = plan.graph.cell[0]
         shrink = 1 + torch.linalg.vector_norm(inverse @ before - identity)
         moved = s.positions - plan.positions @ torch.linalg.inv_ex(before)[0] @ s.cell
-        return 2 * _longest(moved) / ((plan.r_cut + plan.skin) / shrink - plan.r_cut).clamp(min=1e-12)
+        return moved, (((plan.r_cut + plan.skin) / shrink - plan.r_cut) / 2).clamp(min=1e-12)
 
-    def _read(self, s: State, used: Tensor) -> None:
-        """Look how far atoms have moved; rebuild where that is due."""
+    def _foreseen(self, s: State, moved: Tensor) -> Tensor:
+        """Return how far atoms of this rank will have moved after 1, 2, ... `LONGEST` steps, ``[LONGEST]``.
+
+        With the velocity v half a step ago and the acceleration a of then, Verlet's steps lead from d to
+        d + n v + n (n + 1) a / 2; the squared length is a polynomial in n, whose coefficients are the atoms'.
+        """
+        v = s.velocities * self._dt
+        a = s.forces * s.mobile / s.masses[:, None] * self._dt**2
+        products = ((moved, moved), (moved, v), (v, v), (moved, a), (v, a), (a, a))
+        each = torch.stack([(one * other).sum(1) for one, other in products], dim=1)
+        n = torch.arange(1, LONGEST + 1, dtype=v.dtype, device=v.device)
+        b = n * (n + 1) / 2
+        squared = each @ torch.stack((torch.ones_like(n), 2 * n, n * n, 2 * b, 2 * n * b, b * b))
+        return torch.cat((squared, squared.new_zeros(1, LONGEST))).amax(0).clamp(min=0).sqrt()
+
+    def _read(self, s: State, moved: Tensor, allowed: Tensor, used: Tensor) -> None:
+        """Look how far atoms have moved, and will have; rebuild where that is due."""
+        skin = self.plan.skin if self.next_skin is None else self.next_skin
+        ahead = self._foreseen(s, moved) / allowed
+        rebuilt = self._foreseen(s, torch.zeros_like(moved)) / max(skin / 2, 1e-12)
         speed = _longest(s.velocities)
         said = used.new_tensor([self._wish(), 0.0 if math.isnan(self.own_pace) else self.own_pace])
-        most = torch.cat((torch.stack((used, self._worst, speed)), said)).nan_to_num(nan=math.inf)
+        most = torch.cat((torch.stack((used, self._worst, speed)), said, ahead, rebuilt))
+        most = most.nan_to_num(nan=math.inf)
         kinetic = self.total(s.masses * s.velocities.square().sum(1)) / 2
         values = torch.cat((self.ranks.max(most), torch.stack((kinetic, s.energy)))).tolist()
-        now, worst, fastest, wished, pace, kinetic_energy, energy = values
+        now, worst, fastest, wished, pace, *parts, kinetic_energy, energy = values
         self.counters.readings += 1
         if worst > 1:  # first: edges that were missing explain the strangest numbers
             raise RepeatSteps
@@ -335,10 +359,9 @@ class Engine:
             self.travel.append((self._stood, now * self.plan.skin / 2))
         if now > 1 or self.next_skin is not None:
             self._rebuild(s)
-            now = 0.0
-        left = (1 - now) * self.plan.skin / 2
-        steps = left / max(HASTE * fastest * self._dt, 1e-12)
-        self._unread, self._every = 0, int(min(max(steps, 1), LONGEST)) if s.step >= self._watch_until else 1
+            parts = parts[LONGEST:]
+        due = next((n for n, part in enumerate(parts[:LONGEST], 1) if part > MARGIN), LONGEST)
+        self._unread, self._every = 0, due if s.step >= self._watch_until else 1
         self._worst = torch.zeros_like(self._worst)
 
     def _check(self, s: State, values: list[float]) -> None:
@@ -358,12 +381,12 @@ class Engine:
                 f"{self._limits.temperature:.0f} K; the fastest atom is {self._extreme(s, s.velocities)}. "
                 f"{_REMEDY}"
             )
-        fallen = (self.first_energy - energy) / self.n_atoms
-        if fallen > self._limits.energy:
+        change = (energy - self.first_energy) / self.n_atoms
+        if abs(change) > self._limits.energy:
             raise SimulationError(
-                f"at step {s.step} the potential energy has fallen by {fallen:.2f} eV per atom since the "
-                f"beginning, more than {self._limits.energy} eV; the largest force acts on atom "
-                f"{self._extreme(s, s.forces)}. {_REMEDY}"
+                f"at step {s.step} the potential energy has {'risen' if change > 0 else 'fallen'} by "
+                f"{abs(change):.2f} eV per atom since the beginning, more than {self._limits.energy} eV; the "
+                f"largest force acts on atom {self._extreme(s, s.forces)}. {_REMEDY}"
             )
 
     def check_finite(self, s: State) -> None:
@@ -419,18 +442,31 @@ class Engine:
     def _rebuild(self, s: State) -> None:
         carried = (s.velocities, s.masses, s.mobile, *(s.columns[name] for name in s.columns))
         self._columns = tuple(s.columns)
-        self.plan = self.plan.rebuild(s.positions, s.cell[None], carried, skin=self.next_skin)
-        self.counters.rebuilds += 1
-        self.next_skin, self._stood = None, 0
-        n_atoms = int(self.plan.graph.n_atoms.sum())
+        try:
+            plan = self.plan.rebuild(s.positions, s.cell[None], carried, skin=self.next_skin)
+        except (ValueError, RankFailure) as error:  # its checks, which fail on every rank
+            raise SimulationError(f"at step {s.step} the plan could not be rebuilt: {error}") from error
+        n_atoms = int(plan.graph.n_atoms.sum())
         if n_atoms != self.n_atoms:
             raise SimulationError(
-                f"at step {s.step} there are {n_atoms} atoms of {self.n_atoms}: some were lost"
+                f"at step {s.step} there are {n_atoms} atoms of {self.n_atoms}: {self._lost(s, plan)}"
             )
+        self.plan = plan
+        self.counters.rebuilds += 1
+        self.counters.skin = plan.skin
+        self.next_skin, self._stood = None, 0
         s.positions = self.plan.positions.clone()
         s.forces = torch.zeros_like(s.positions)
         for name, value in self._owned_columns().items():
             setattr(s, name, value)
+
+    def _lost(self, s: State, plan: Plan) -> str:
+        """Say which atoms of a state a plan does not have, and which ranks held them. Collective."""
+        owner = s.ids.new_full((2, self.n_atoms), -1)
+        owner[0, s.ids] = owner[1, plan.ids[: plan.gp.n_owned]] = self.ranks.rank
+        before, after = self.ranks.max(owner)
+        lost = (after < 0).nonzero()[:, 0]
+        return f"atoms {_some(lost)} were lost, of ranks {before[lost].unique().tolist()}"
 
     def _owned_columns(self) -> dict[str, Any]:
         """Return what the plan carries, by its name in a `State`."""

@@ -124,7 +124,7 @@ def state(kept: Shards, engine: Engine) -> State:
         for name, value in kept.shared.items()
         if name.startswith(_VARIABLE)
     }
-    engine.counters = Counters(**known["counters"])
+    engine.counters = Counters(**{**known["counters"], "skin": engine.plan.skin})
     return s
 
 

@@ -204,7 +204,11 @@ def _workers(config: MDConfig) -> int | None:
 
 def _summary(config: MDConfig, result: MDResult) -> str:
     simulation, now = result.simulation, result.simulation.scalars()
-    lines = [f"step {simulation.step}, {now['time'] / 1000:g} ps, {simulation.counters.rebuilds} rebuilds"]
+    did = simulation.counters
+    lines = [
+        f"step {simulation.step}, {now['time'] / 1000:g} ps; {did.rebuilds} rebuilds (skin {did.skin:g} A), "
+        f"{did.readings} readings, {did.repeated} repeats"
+    ]
     if result.averages.samples > 1:
         mean = result.averages.result()
         n = len(simulation.atoms)

@@ -208,7 +208,8 @@ class Simulation:
             KeyboardInterrupt: Ctrl-C.
             SystemExit: SIGTERM or SIGUSR1, with the code 128 + its number.
             SimulationError: the simulation has lost its meaning. A note says where its last good state is.
-            RankFailure: something failed on a rank, or could not be written; likewise.
+            RankFailure: something failed on a rank, or could not be written; likewise. Under torchrun and
+                srun also what a `Callback` raises on the first process.
             OSError: something could not be written.
             WorkerDied: a worker was killed; `resume` goes on from the last restart.
         """
@@ -232,9 +233,10 @@ class Simulation:
 
     def _take_in(self, progress: Progress) -> Progress:
         self.step, self.counters = progress.step, progress.counters
-        if self._unit.first:
-            for i, row in progress.rows:
-                self.reporters[i].show(row)
+        with self._unit.callers.together("showing what reporters found"):
+            if self._unit.first:
+                for i, row in progress.rows:
+                    self.reporters[i].show(row)
         return progress
 
     def _loop(self, method: str, *args: Any) -> Any:

@@ -38,9 +38,12 @@ def check_each_once(ids: Tensor, ranks: Ranks) -> None:
     total = n * (n - 1) // 2
     expected = [_as_int64(total), _as_int64(total**2 + (n - 1) * n * (2 * n - 1) // 6)]
     if found.tolist() != expected:
+        own = ids[(ids >= 0) & (ids < n)]
+        times = ranks.sum(torch.bincount(own, minlength=n))
+        wrong = [f"{i} ({times[i]} times)" for i in (times != 1).nonzero()[:10, 0].tolist()]
         raise ValueError(
             f"the ids of the {n} atoms on all ranks are not 0 .. {n - 1}, each once: an atom is missing or "
-            "was given to two ranks"
+            f"was given to two ranks: {', '.join(wrong)}"
         )
 
 

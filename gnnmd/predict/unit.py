@@ -138,8 +138,12 @@ class PredictUnit:
     @property
     def first(self) -> bool:
         """Whether this process tells and writes: of several that torchrun or srun started, one does."""
-        together = self._together
-        return not isinstance(together, PartitionedPotential) or together.ranks.rank == 0
+        return self.callers.rank == 0
+
+    @property
+    def callers(self) -> Ranks:
+        """The processes that make the same calls: those of torchrun or srun, else this one alone."""
+        return self._together.ranks if isinstance(self._together, PartitionedPotential) else Ranks()
 
     def close(self) -> None:
         """End the workers; without any, nothing."""

@@ -3,13 +3,12 @@
 import os
 import resource
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from gnnmd import InferenceSettings, PredictUnit
-from gnnmd.md import NVE, Reporter, signals
-from gnnmd.md.integrators import drift, kick
+from gnnmd.md import Reporter, signals
 from gnnmd.models.emt import emt
 from gnnmd.models.potential import Potential
 from gnnmd.parallel import Ranks
@@ -97,24 +96,6 @@ class Alive(Reporter):
 
     def report(self, view):
         (self.folder / f"step-{view.engine.ranks.rank}").write_text(str(view.step))
-
-
-@dataclass(frozen=True)
-class Squeeze(NVE):
-    """Constant energy in a cell that shrinks by a part of its edges at every step."""
-
-    part: float = 0.002
-
-    changes_cell = True
-
-    def step(self, s, engine):
-        kick(s, 0.5 * self.dt)
-        drift(s, self.dt)
-        s.positions *= 1 - self.part
-        s.cell = s.cell * (1 - self.part)
-        s.step += 1
-        engine.evaluate(s)
-        kick(s, 0.5 * self.dt)
 
 
 class Breaks(Potential):

@@ -22,7 +22,7 @@ def name(integrator):
 
 @pytest.mark.parametrize("integrator", ENSEMBLES, ids=name)
 def test_1_2_and_4_ranks_give_the_same_trajectory(integrator, pool):
-    ends = [end for size in (1, 2, 4) for end in pool.run(size, end_on_ranks, integrator, 25)]
+    ends = [end for size in (1, 2, 4) for end in pool.run(size, end_on_ranks, integrator, 15)]
     positions, cell, conserved = ends[0]
     for other in ends[1:]:
         np.testing.assert_allclose(other[0], positions, rtol=0, atol=1e-11)

@@ -17,11 +17,12 @@ from ase.io import read
 from ase.md.velocitydistribution import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 
-from gnnmd.md import NVE, Limits, Simulation, SimulationError, shards
+from gnnmd.md import NVE, Limits, Simulation, SimulationError, StochasticCell, shards
+from gnnmd.md.engine import MARGIN
 from gnnmd.md.restart import read_atoms
 from gnnmd.models.emt import emt
 from gnnmd.parallel import Plan, RankFailure, build_plan
-from tests.md.jobs import SmallFiles, Squeeze, breaking, unit_on
+from tests.md.jobs import SmallFiles, breaking, unit_on
 from tests.md.test_restart import start
 
 
@@ -91,6 +92,7 @@ def simulated_with(group, atoms: Atoms, steps: int, timestep: float, options: di
     with pytest.MonkeyPatch.context() as patch:
         if options.pop("partition_always", False):
             patch.setattr("gnnmd.parallel.plan.REPARTITION", 0.0)
+        patch.setattr("gnnmd.md.engine.MARGIN", options.pop("margin", MARGIN))
         return simulated(group, atoms, steps, NVE(timestep=timestep), **options)
 
 
@@ -118,9 +120,9 @@ def test_a_projectile_crosses_the_box(pool):
 
 
 def test_atoms_that_are_suddenly_faster_than_foreseen_miss_no_neighbour(pool):
-    """Two atoms at rest that repel each other: the steps since the last reading are made again."""
+    """Two atoms at rest that repel each other, foreseen badly: steps since the last reading come again."""
     atoms = Atoms("Ag2", [[0, 0, 0], [1.7, 0, 0]]) + Atoms("Ag", [[9.0, 0.5, 0]])
-    end = assert_as_in_ase(pool, 2, atoms, 2.0, 100, skin=1.0)
+    end = assert_as_in_ase(pool, 2, atoms, 2.0, 100, skin=1.0, margin=10.0)
     assert end.repeated > 0
     assert np.abs(end.positions - atoms.positions).max() > 5
 
@@ -165,11 +167,14 @@ def test_all_atoms_on_one_rank_of_two(pool):
 
 
 def squeezed(group, atoms: Atoms) -> tuple[Atoms, int]:
-    simulation = Simulation(atoms, unit_on(group), Squeeze(timestep=4), skin=0.3).run(40)
+    press = StochasticCell(
+        timestep=4, temperature=1, pressure=100, pressure_time_constant=50, cell="flexible"
+    )
+    simulation = Simulation(atoms, unit_on(group), press, skin=0.3).run(40)
     return simulation.atoms, simulation.counters.rebuilds
 
 
-def test_a_cell_shrinks_below_two_cutoffs(pool):
+def test_a_cell_shrinks_below_two_cutoffs_at_constant_pressure(pool):
     atoms = warm(bulk("Ag", cubic=True) * (3, 3, 3), 1)  # so that nothing else uses up the skin
     (two, rebuilds), (one, _) = pool.run(2, squeezed, atoms)[0], squeezed(None, atoms)
     assert atoms.cell[0, 0] > 2 * emt().r_cut > 1.02 * two.cell[0, 0]
@@ -225,29 +230,48 @@ def test_forces_that_are_not_finite_stop_every_rank_and_are_never_kept(pool, tmp
     assert on.run(20).step == int(kept.name.split("-")[-1]) + 20
 
 
-@pytest.mark.parametrize(
-    ("limits", "message"),
-    [
-        (
-            Limits(temperature=250.0),
-            r"at step \d+ the temperature is \d+ K, above 250 K; the fastest atom is",
-        ),
-        (
-            Limits(energy=0.02),
-            r"at step \d+ the potential energy has fallen by 0.0\d eV per atom since the beginning",
-        ),
-    ],
-)
-def test_limits_stop_the_simulation(tmp_path, monkeypatch, limits, message):
-    monkeypatch.chdir(tmp_path)
-    atoms = bulk("Ag", cubic=True) * (2, 2, 2)
-    atoms.rattle(0.15, seed=1)
-    simulation = Simulation(atoms, unit_on(None), NVE(timestep=5), temperature=0, limits=limits)
-    with pytest.raises(SimulationError, match=message) as error:
+LIMITS = {
+    r"the temperature is \d+ K, above 250 K; the fastest atom is \d+ \(on rank [01]\)": (
+        0.15,
+        0,
+        250.0,
+        10.0,
+    ),
+    r"the potential energy has fallen by 0.\d\d eV per atom .* on atom \d+ \(on rank [01]\)": (
+        0.15,
+        0,
+        1e4,
+        0.02,
+    ),
+    r"the potential energy has risen by 0.\d\d eV per atom .* on atom \d+ \(on rank [01]\)": (
+        0.0,
+        900,
+        1e4,
+        0.02,
+    ),
+}
+
+
+def beyond_limits(group, folder: str, rattled: float, start: float, temperature: float, energy: float):
+    atoms = bulk("Ag", cubic=True) * (4, 2, 2)
+    atoms.rattle(rattled, seed=1)
+    limits = Limits(temperature, energy)
+    options = {"temperature": start, "limits": limits, "restart": folder, "skin": 0.5}
+    simulation = Simulation(atoms, unit_on(group), NVE(timestep=5), **options)
+    with pytest.raises(SimulationError) as error:
         simulation.run(200)
-    (kept,) = (tmp_path / "stopped").iterdir()
-    assert str(kept) in error.value.__notes__[0]
+    return str(error.value), error.value.__notes__
+
+
+@pytest.mark.parametrize("message", LIMITS, ids=["hot", "fallen", "risen"])
+def test_limits_stop_every_rank(pool, tmp_path, message):
+    found = pool.run(2, beyond_limits, str(tmp_path), *LIMITS[message])
+    assert found[0] == found[1]
+    assert re.match(rf"at step \d+ {message}", found[0][0])
+    (kept,) = tmp_path.glob("stopped-step-*")
+    assert str(kept) in found[0][1][0]
     on = Simulation.resume(kept, unit_on(None), limits=Limits())
+    assert on.step < int(re.search(r"\d+", found[0][0])[0])
     assert on.run(50).step > 50
 
 
@@ -264,25 +288,46 @@ def test_atoms_that_overlap_at_the_start_are_named(tmp_path, monkeypatch):
         Simulation(atoms, unit_on(None), NVE(timestep=2), temperature=0)
 
 
-def test_atoms_that_a_rebuild_loses_are_noticed(tmp_path, monkeypatch):
-    """The last one: the ids of the others are still 0, 1, ..., each once."""
+def losing(group, folder: str, lost: int) -> tuple[str, list[str]]:
+    """Run with plans that lose an atom when they are rebuilt."""
+    rebuild = Plan.rebuild
 
-    def losing(plan, positions, cell, carried, skin=None):
-        n = len(positions) - 1
+    def without(plan, positions, cell, carried, skin=None):
+        plan = rebuild(plan, positions, cell, carried, skin=skin)
+        kept = plan.ids[: plan.gp.n_owned] != lost
         piece = replace(
             plan._batch,
-            positions=positions[:n],
-            numbers=plan.graph.numbers[:n],
-            system=plan.graph.system[:n],
-            forces=positions[:n],
+            positions=plan.positions[kept],
+            numbers=plan.graph.numbers[: len(kept)][kept],
+            system=plan.graph.system[: len(kept)][kept],
+            forces=plan.positions[kept],
         )
-        columns = tuple(column[:n] for column in carried)
-        return build_plan(piece, torch.arange(n), plan.r_cut, plan.ranks, carried=columns, skin=plan.skin)
+        columns = tuple(column[kept] for column in plan.carried)
+        ids = plan.ids[: len(kept)][kept]
+        return build_plan(piece, ids, plan.r_cut, plan.ranks, carried=columns, skin=plan.skin)
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Plan, "rebuild", losing)
-    with pytest.raises(SimulationError, match="there are 143 atoms of 144: some were lost"):
-        start(None).run(60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "rebuild", without)
+        simulation = start(group, restart=folder)
+        with pytest.raises(SimulationError) as error:
+            simulation.run(60)
+    return str(error.value), error.value.__notes__
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        # the ids of the others are still 0, 1, ..., each once
+        (143, r"there are 143 atoms of 144: atoms 143 were lost, of ranks \[[01]\]"),
+        (40, r"the plan could not be rebuilt: the ids of the 143 atoms .* missing .*: 40 \(0 times\)"),
+    ],
+)
+def test_atoms_that_a_rebuild_loses_are_named_on_every_rank(pool, tmp_path, lost, message):
+    for error, (note,) in pool.run(2, losing, str(tmp_path), lost):
+        assert re.match(rf"at step \d+ {message}", error)
+        (kept,) = tmp_path.glob("stopped-step-*")
+        assert str(kept) in note
+    assert len(read_atoms(kept)) == 144
 
 
 # --- disks

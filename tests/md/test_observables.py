@@ -351,8 +351,8 @@ def test_fixed_atoms_have_no_temperature():
 
 def test_a_new_origin_is_not_lost_when_steps_are_repeated(monkeypatch):
     sums = []
-    for haste in (1.5, 0.2):
-        monkeypatch.setattr("gnnmd.md.engine.HASTE", haste)
+    for margin in (0.95, 5.0):
+        monkeypatch.setattr("gnnmd.md.engine.MARGIN", margin)
         msd = MSD(3, lags=6, origins=6)
         saved, _, loop = run(None, alloy(), [msd], (60,), integrator=NVE(timestep=5))
         sums.append((loop.engine.counters.repeated, saved[0]["products"]))

@@ -256,6 +256,9 @@ def test_command_reports_and_returns_its_code(capsys: pytest.CaptureFixture[str]
     assert lines[0] == "nve of Ag with silver: 300 K, 4 steps of 5 fs"
     assert re.match(r"step 0/4  T +\d+\.\d K  E_tot +-?\d\.\d{5} eV/atom", lines[1])
     assert "wrote md.csv, md.extxyz, md.restart" in lines
+    assert any(
+        re.match(r"step 4, 0\.02 ps; 0 rebuilds \(skin 1 A\), \d readings, 0 repeats", x) for x in lines
+    )
     assert main(arguments) == 1  # does not destroy what is there
     assert "add resume=true" in capsys.readouterr().err
     assert main([*arguments[:1], "steps=6", "resume=true", "device=cpu", "dtype=float64"]) == 0

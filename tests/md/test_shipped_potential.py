@@ -5,6 +5,9 @@ import pytest
 
 from gnnmd import PredictUnit
 from gnnmd.md import MTK, NVE, Bussi, NoseHoover, Simulation, StochasticCell
+from gnnmd.parallel import Ranks
+from gnnmd.predict.partitioned import PartitionedPotential
+from gnnmd.units import BOLTZMANN
 from tests.md.sampling import Record, silver
 
 BATH = {"timestep": 5, "temperature": 300, "time_constant": 50}
@@ -23,6 +26,35 @@ def record(integrator, steps):
 def test_energy_fluctuates_with_the_square_of_the_time_step():
     rms = [record(NVE(timestep=dt), round(500 / dt))["total_energy"].std() for dt in (5, 10)]
     assert rms[1] / rms[0] == pytest.approx(4, abs=0.6)
+
+
+def test_time_can_be_reversed_and_momentum_stays_in_single_precision():
+    unit = PredictUnit.from_checkpoint("silver", device="cpu")
+    there = Simulation(silver(), unit, NVE(timestep=5), temperature=600, skin=0.6).run(100).atoms
+    scale = np.sqrt(32 * there.get_masses()[0] * BOLTZMANN * 300)
+    forces = there.get_forces()
+    assert np.abs(forces.sum(0)).max() < 1e-6 * 32 * np.sqrt((forces**2).mean())
+    assert np.abs(there.get_momenta().sum(0)).max() < 1e-5 * scale
+    there.set_momenta(-there.get_momenta())
+    back = Simulation(there, unit, NVE(timestep=5), skin=0.6).run(100).atoms
+    assert np.abs(there.positions - silver().positions).max() > 0.1
+    np.testing.assert_allclose(back.positions, silver().positions, rtol=0, atol=1e-4)
+
+
+def end_of(group) -> tuple[np.ndarray, float]:
+    unit = PredictUnit.from_checkpoint("silver", device="cpu")
+    if group.size() > 1:
+        unit._together = PartitionedPotential(unit.potential, unit.settings, Ranks(group))
+    simulation = Simulation(silver((4, 2, 2)), unit, NVE(timestep=5), temperature=2400, skin=0.3).run(10)
+    assert simulation.counters.rebuilds > 0
+    return simulation.atoms.positions, simulation.scalars()["total_energy"]
+
+
+def test_1_2_and_4_ranks_give_the_same_trajectory(pool):
+    ends = [end for size in (1, 2, 4) for end in pool.run(size, end_of)]
+    for positions, energy in ends[1:]:
+        np.testing.assert_allclose(positions, ends[0][0], rtol=0, atol=1e-5)
+        assert energy == pytest.approx(ends[0][1], abs=1e-5 * 64)
 
 
 @pytest.mark.parametrize(

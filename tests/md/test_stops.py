@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from gnnmd.md import Simulation, loop, shards, signals
+from gnnmd.md.reporters import Callback, Frame
+from gnnmd.parallel import RankFailure
 from tests.md.jobs import Stop, unit_on
 from tests.md.test_restart import start
 
@@ -196,7 +198,7 @@ def test_nothing_holds_the_process_group_after_the_ranks_have_parted(pool):
 
 
 WAITING = """
-import ctypes, os, signal
+import ctypes, os, signal, threading
 from gnnmd.md import signals
 signals.PATIENCE = 0.5
 with signals.listening():
@@ -205,7 +207,8 @@ with signals.listening():
 with signals.listening():
     mutex = ctypes.create_string_buffer(64)
     ctypes.CDLL(None).pthread_mutex_lock(mutex)
-    print("waiting", flush=True)
+    # later, so that the signal finds the main thread waiting and not on its way there
+    threading.Timer(0.5, print, ["waiting"], {"flush": True}).start()
     ctypes.CDLL(None).pthread_mutex_lock(mutex)  # for ever, as for a GPU
 """
 
@@ -217,6 +220,62 @@ def test_a_process_that_waits_for_ever_ends_after_sigterm():
     with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout.readline() == "waiting\n"
         process.terminate()
-        _, errors = process.communicate(timeout=30)
+        try:
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 128 + signal.SIGTERM
     assert "a rank has died" in errors
+
+
+# --- a callback that raises
+# ----------------------------------------------------------------------------------------
+
+
+def failing_at_5(frame: Frame) -> None:
+    if frame.step == 5:
+        raise ZeroDivisionError("nothing to divide by")
+
+
+def callback_that_raises(group) -> tuple[str, int]:
+    simulation = start(group, reporters=[Callback(failing_at_5, interval=5)])
+    with pytest.raises(RankFailure) as error:
+        simulation.run(1000)
+    return str(error.value), simulation.step
+
+
+def test_what_a_callback_raises_on_the_first_rank_is_raised_on_all(pool):
+    for message, step in pool.run(2, callback_that_raises, timeout=30):
+        assert message.startswith("rank 0 of 2 failed while showing what reporters found: ZeroDivisionError")
+        assert step < 1000
+
+
+CALLBACK = """
+import os
+import sys
+from pathlib import Path
+from gnnmd import PredictUnit
+from gnnmd.md import Simulation
+from gnnmd.md.reporters import Callback
+from gnnmd.models.emt import emt
+from tests.md.test_restart import HOT, crystal
+from tests.md.test_stops import failing_at_5
+
+unit, reporters = PredictUnit(emt(), device="cpu", workers=2), [Callback(failing_at_5, interval=5)]
+simulation = Simulation(crystal(), unit, HOT, reporters=reporters)
+try:
+    simulation.run(1_000_000)
+except RuntimeError as error:
+    (Path(sys.argv[1]) / os.environ["RANK"]).write_text(str(error))
+    raise
+"""
+
+
+def test_what_a_callback_raises_ends_a_program_under_torchrun(tmp_path):
+    (tmp_path / "program.py").write_text(CALLBACK)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *TORCHRUN, str(tmp_path / "program.py"), str(tmp_path)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode != 0
+    for rank in "01":
+        assert "showing what reporters found: ZeroDivisionError: nothing" in (tmp_path / rank).read_text()

@@ -143,7 +143,10 @@ class Reporter:
         """Let go of open files; called on every rank when a run has failed, in place of `end`."""
 
     def show(self, row: dict[str, Any]) -> None:
-        """Tell the user what `report` returned; called in the caller's process."""
+        """Tell the user what `report` returned; called in the caller's process (under torchrun, the first).
+
+        What it raises is raised in all of them.
+        """
 
     def saved(self) -> dict[str, Tensor]:
         """Return all that was found so far, summed over ranks and the same on each. Collective.

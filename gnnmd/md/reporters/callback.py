@@ -18,7 +18,7 @@ class Callback(Reporter):
 
     The function stays in the caller's process (under torchrun or srun, the first one), so it may be anything:
     a lambda, a method of a plotter. It is called a little later than the step was made, with frames in their
-    order; it cannot change the simulation. What it raises ends the run.
+    order; it cannot change the simulation. What it raises ends the run, on every rank.
 
     Attributes:
         function: called with a `Frame`.
