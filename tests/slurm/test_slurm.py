@@ -53,7 +53,7 @@ LONGER = "trainer.max_epochs=30"  # where one process makes many epochs in a sec
 TWO = ["launch.tasks_per_node=2", "parallel.gp=2"]
 DYNAMICS = ["repeat=[2,2,2]", "ensemble=nvt", "dtype=float64", "device=cpu", f"steps={STEPS}"]
 DYNAMICS += ["restart_interval=20", "skin=0.5"]
-LIMIT = 240.0  # seconds, for anything
+LIMIT = 420.0  # seconds, for anything
 
 
 @dataclass
