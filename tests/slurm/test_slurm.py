@@ -37,7 +37,7 @@ from tests.slurm.cluster import Unavailable, cluster
 from tests.training.conftest import crystals
 
 REPOSITORY = Path(gnnmd.__file__).parents[1]
-EPOCHS, STEPS = 12, 300
+EPOCHS, STEPS = 30, 600
 CPU = ["launch=slurm", "launch.gpus_per_node=0", "launch.cpus_per_task=1", "launch.time=00:10:00"]
 TRAINING = [
     "experiment=debug",
@@ -49,7 +49,7 @@ TRAINING = [
     "trainer.precision=float64",
     f"trainer.max_epochs={EPOCHS}",
 ]
-LONGER = "trainer.max_epochs=30"  # where one process makes many epochs in a second
+LONGER = "trainer.max_epochs=120"  # where one process makes many epochs in a second
 TWO = ["launch.tasks_per_node=2", "parallel.gp=2"]
 DYNAMICS = ["repeat=[2,2,2]", "ensemble=nvt", "dtype=float64", "device=cpu", f"steps={STEPS}"]
 DYNAMICS += ["restart_interval=20", "skin=0.5"]
