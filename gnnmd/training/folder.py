@@ -12,9 +12,7 @@ import yaml
 
 from gnnmd.models.build import build_potential, from_dict
 from gnnmd.models.potential import Potential
-from gnnmd.predict.checkpoint import (
-    write_atomically,
-)
+from gnnmd.predict.checkpoint import write_atomically
 from gnnmd.training.callbacks import STATE
 from gnnmd.training.module import SHAPE
 from gnnmd.training.settings import TrainConfig

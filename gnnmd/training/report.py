@@ -9,10 +9,7 @@ from rich.console import Console
 from gnnmd.data.datamodule import AtomsDataModule, AtomsLoader
 from gnnmd.models.potential import Potential
 from gnnmd.parallel import Mesh
-from gnnmd.predict.checkpoint import (
-    load_checkpoint,
-    save_checkpoint,
-)
+from gnnmd.predict.checkpoint import load_checkpoint, save_checkpoint
 from gnnmd.predict.metrics import ErrorMeter, error_table
 from gnnmd.predict.parity_plot import Parity, save_parity_plot
 from gnnmd.training.folder import ERRORS, METRICS

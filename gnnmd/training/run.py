@@ -24,11 +24,7 @@ from gnnmd.data.statistics import Statistics
 from gnnmd.models.build import to_dict
 from gnnmd.models.potential import Potential
 from gnnmd.parallel import Mesh, Ranks, WorkerDied, Workers, World
-from gnnmd.predict.checkpoint import (
-    check_writable,
-    load_checkpoint,
-    save_checkpoint,
-)
+from gnnmd.predict.checkpoint import check_writable, load_checkpoint, save_checkpoint
 from gnnmd.runs.record import RunRecord
 from gnnmd.training.callbacks import BEST, LAST, STATE, STOPPING, Checkpoints, Pace, StopBetweenSteps
 from gnnmd.training.finetune import find_source

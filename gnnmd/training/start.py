@@ -10,9 +10,7 @@ from gnnmd.models.build import PotentialConfig, build_potential
 from gnnmd.models.escn_md import EscnMDConfig
 from gnnmd.models.potential import Potential
 from gnnmd.parallel import Mesh
-from gnnmd.predict.checkpoint import (
-    CheckpointInfo,
-)
+from gnnmd.predict.checkpoint import CheckpointInfo
 from gnnmd.training.finetune import refit_references, start_from
 from gnnmd.training.module import labelled_graph
 from gnnmd.training.settings import TrainConfig

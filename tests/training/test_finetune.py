@@ -24,8 +24,9 @@ from gnnmd.training.run import train
 from gnnmd.training.settings import FinetuneConfig, ParallelConfig
 from tests.models.systems import predict
 from tests.training.conftest import alloys, crystals
+from tests.training.interruptions import AtStep, ask_to_stop
 from tests.training.jobs import fit
-from tests.training.test_run import DPA2, DPA3, AtStep, ask_to_stop
+from tests.training.small_models import DPA2, DPA3
 from tests.upstream.make_deepmd_checkpoint import model, write
 
 FAIRCHEM = Path(__file__).parents[1] / "golden" / "fairchem_files"

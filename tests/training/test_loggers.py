@@ -13,7 +13,7 @@ from gnnmd.training.loggers import WANDB_ID, is_offline, wandb_id
 from gnnmd.training.run import train
 from gnnmd.training.settings import LoggerConfig
 from tests.training.conftest import columns
-from tests.training.test_run import AtStep, ask_to_stop
+from tests.training.interruptions import AtStep, ask_to_stop
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,9 @@ import torch.distributed.checkpoint as dcp  # noqa: TID251 (upstream's files, on
 from fairchem.core.units.mlip_unit import MLIPPredictUnit
 from fairchem.core.units.mlip_unit.api.inference import InferenceSettings, MLIPInferenceCheckpoint
 from fairchem.core.units.mlip_unit.mlip_unit import convert_train_checkpoint_to_inference_checkpoint
-from make_fairchem_golden import BATCH, BB, HEAD_PATH, base_systems, build, make_data, moe_kw, randomise
+from fairchem_cases import moe_kw
+from fairchem_model import BB, HEAD_PATH, build, randomise
+from fairchem_systems import BATCH, base_systems, make_data
 from omegaconf import OmegaConf
 
 HERE = os.path.dirname(os.path.abspath(__file__))
