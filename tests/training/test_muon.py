@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,3 +122,8 @@ def test_parameters_without_a_gradient_stay():
     before = copy.deepcopy(net)
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before.parameters(), strict=True))
+
+
+def test_tables_are_left_to_adamw_even_where_they_decay():
+    *_, matrices = parameter_groups(network(), replace(MUON, decay_embeddings=True))
+    assert [tuple(p.shape) for p in matrices["params"]] == [(6, 4), (4, 6), (6, 4), (3, 4, 4)]
