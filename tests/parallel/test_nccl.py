@@ -47,11 +47,16 @@ def test_angles_and_narrow_shells_too(gpus, make):
         assert max(deviations(found, expected).values()) < 1e-10, deviations(found, expected)
 
 
-@pytest.mark.parametrize("name", sorted(SYSTEMS))
-def test_workers_on_gpus_predict_what_one_cpu_process_does(name):
-    expected = ALONE.predict(SYSTEMS[name])
+@pytest.fixture(scope="module")
+def workers() -> Iterator[PredictUnit]:
     with PredictUnit(network(), device="cuda", settings=ALONE.settings, workers=GPUS) as unit:
-        found = unit.predict(SYSTEMS[name])
+        yield unit
+
+
+@pytest.mark.parametrize("name", sorted(SYSTEMS))
+def test_workers_on_gpus_predict_what_one_cpu_process_does(workers, name):
+    expected = ALONE.predict(SYSTEMS[name])
+    found = workers.predict(SYSTEMS[name])
     for key in ("energy", "forces", "node_energies"):
         assert_close(getattr(found, key), getattr(expected, key), rtol=1e-10, atol=1e-10)
 
