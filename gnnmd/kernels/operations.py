@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gnnmd.nn.activations import activation
-from gnnmd.nn.frames import Frames
+from gnnmd.nn.edge_operations import EdgeOperations
 from gnnmd.nn.scatter import TORCH, Groups, Loops, pair_rows, weighted_sums
 
 #: Versions by name; "auto" is "triton" on a GPU that has it, else "torch".
@@ -84,8 +84,8 @@ def operations(kernels: str, act: str, device: torch.device) -> Operations:
     return triton_operations(act)
 
 
-def frames_for(kernels: str, device: torch.device) -> Frames:
-    """Return a version of the two ends of a message; "auto" stays with torch until Triton was timed on a GPU.
+def edge_operations(kernels: str, device: torch.device) -> EdgeOperations:
+    """Return a version of what a message of eSCN-MD consists of.
 
     Args:
         kernels: one of `KERNELS`.
@@ -94,8 +94,8 @@ def frames_for(kernels: str, device: torch.device) -> Frames:
     Raises:
         ValueError: see `chosen`.
     """
-    if torch.compiler.is_compiling() or kernels == "auto" or chosen(kernels, device) == "torch":
-        return Frames()
-    from gnnmd.kernels.triton_frames import TritonFrames
+    if torch.compiler.is_compiling() or chosen(kernels, device) == "torch":
+        return EdgeOperations()
+    from gnnmd.kernels.triton_edges import TritonEdgeOperations
 
-    return TritonFrames()
+    return TritonEdgeOperations()

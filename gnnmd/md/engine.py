@@ -18,7 +18,6 @@ from torch import Tensor
 from gnnmd.graph import AtomBatch
 from gnnmd.graph.geometry import edge_vectors
 from gnnmd.md.state import State
-from gnnmd.models.backbone import Backbone
 from gnnmd.models.potential import Prediction
 from gnnmd.parallel import Plan, RankFailure, build_plan
 from gnnmd.predict.capture import CapturedPotential
@@ -39,8 +38,6 @@ _REMEDY = "Atoms that are too close at the start need `FIRE` first; else try a s
 #: "captured" is that as one CUDA graph, captured anew after every rebuild, which spares the host thousands
 #: of launches.
 EVALUATIONS = ("compact", "standing", "captured")
-#: Above so many atoms the GPU is busy for longer than the host takes to launch its work.
-LARGEST_CAPTURED = 8000
 #: Per-atom columns of a `State` that every plan carries.
 _OWN = ("velocities", "masses", "mobile")
 #: Names under which a restart gives positions and forces to the first plan.
@@ -294,9 +291,9 @@ class Engine:
         return self._captured(s.positions, graph, plan.gp, listed_at=plan.positions)
 
     def _best_evaluation(self, device: torch.device) -> str:
-        can = type(self.potential.backbone).links is not Backbone.links
         alone = device.type == "cuda" and self.ranks.size == 1 and self.plan.skin > 0
-        return "captured" if can and alone and self.n_atoms <= LARGEST_CAPTURED else "compact"
+        small = self.n_atoms <= self.potential.backbone.largest_captured
+        return "captured" if alone and small else "compact"
 
     @property
     def rebuild_seconds(self) -> float:

@@ -32,6 +32,8 @@ class Backbone(nn.Module):
         needs_statistics: whether a fresh model must be given `statistics` of its training data.
         edge_chunk: edges that are processed at a time; None = all. A smaller number costs a recomputation in
             the backward pass and bounds the memory. May be set at any time.
+        largest_captured: atoms up to which dynamics replay a captured evaluation, see `links`; larger systems
+            keep a GPU busy without, and edges in the skin cost more than the host. 0 = it cannot be captured.
         compilable: whether `torch.compile` gives the same forces (tested).
         kernels: which version of its operations a model uses that has several, see `gnnmd.kernels`. May be
             set at any time.
@@ -48,6 +50,7 @@ class Backbone(nn.Module):
     exchange_cut: float | None = None
     needs_statistics: bool = False
     edge_chunk: int | None = None
+    largest_captured: int = 0
     compilable: bool = False
     kernels: str = "torch"
     blocks: nn.ModuleList

@@ -256,6 +256,7 @@ class DPA3(Backbone):
         config: its shape.
     """
 
+    largest_captured = 8000
     excluded: Tensor
 
     def __init__(self, config: DPA3Config):
@@ -298,7 +299,11 @@ class DPA3(Backbone):
         """Return which angles there are, and who is summed with whom; see `Backbone.links`."""
         if not self.config.smooth_edge_update:  # then it makes a difference whether an edge is in angles
             return None
-        return self._links(g, edge_vectors(g).detach(), n_owned, skin)
+        pieces = self._links(g, edge_vectors(g).detach(), n_owned, skin)
+        for p in pieces:
+            for groups in (p.source, p.target, p.ij, p.ik):
+                groups.make()
+        return pieces
 
     def embed(self, g: AtomGraph, basis: DPA3Basis) -> Tensor:
         """Return ``[n_all, n_dim]`` from the elements alone."""

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from gnnmd.graph.geometry import edge_vectors
 from gnnmd.graph.graph import AtomGraph
 from gnnmd.graph.nearest import cut_between_atoms
-from gnnmd.kernels.operations import frames_for
+from gnnmd.kernels.operations import edge_operations
 from gnnmd.models.backbone import Backbone, SystemSum
-from gnnmd.nn.activations import DegreeGate, EdgeGate, SphereSiLU, node_grid
+from gnnmd.nn.activations import DegreeGate, SphereSiLU, node_grid
+from gnnmd.nn.edge_operations import EdgeOperations, Orders
 from gnnmd.nn.embeddings import (
     CHARGE_RANGE,
     CHARGE_SPIN_EMBEDDINGS,
@@ -29,7 +30,6 @@ from gnnmd.nn.embeddings import (
     SystemEmbedding,
 )
 from gnnmd.nn.experts import EXPERT_NORMS, ExpertLinear, Router, Routing
-from gnnmd.nn.frames import Frames, Orders
 from gnnmd.nn.mlp import RadialMLP
 from gnnmd.nn.norms import NORMS, DegreeNorm
 from gnnmd.nn.radial import GaussianBasis, envelope
@@ -199,24 +199,35 @@ def _one_of(name: str, value: str, known: Sequence[str] | dict) -> None:
 
 
 @dataclass(frozen=True)
-class Edges:
-    """All edges of some consecutive atoms, and what messages read of them.
+class Piece:
+    """All edges of some consecutive atoms.
 
     Attributes:
         first: row of the first of these atoms.
         source: ``[E]`` rows of the sources.
         target: ``[E]`` targets, counted from ``first``, ascending.
-        frames: how rows are turned into the frames of edges and sums turned back.
+    """
+
+    first: int
+    source: Groups
+    target: Groups
+
+
+@dataclass(frozen=True)
+class Edges:
+    """A piece of the edges, and what messages read of them.
+
+    Attributes:
+        piece: which ones.
+        ops: what messages consist of besides matrix products.
         to_edge: ``[E, R, S]`` rotation into the frame of the edge, rows with |m| <= mmax in m-major order.
         damped: ``[E, R, S]`` the same times the envelope, for the way back: every message carries it once.
         scalars: ``[E, num_basis + 2 edge_channels]`` Gaussians and the embeddings of both elements.
         routing: experts of the edges, or None.
     """
 
-    first: int
-    source: Groups
-    target: Groups
-    frames: Frames
+    piece: Piece
+    ops: EdgeOperations
     to_edge: Tensor
     damped: Tensor
     scalars: Tensor
@@ -243,8 +254,8 @@ class EscnBasis:
 class EdgeSum(nn.Module):
     """Sum of messages over the edges of each atom."""
 
-    def messages(self, h: Tensor, edges: Edges) -> Tensor:
-        """Return ``[E, R, C]`` in the frames of the edges, or the rows of m = 0 if all others are zero.
+    def messages(self, h: Tensor, edges: Edges) -> list[Tensor]:
+        """Return ``[E, rows * C]`` of each order in the frames of the edges, last ones left out if zero.
 
         Args:
             h: ``[n_all, S, C]`` rows of owned and ghost atoms.
@@ -279,7 +290,8 @@ class EdgeSum(nn.Module):
         routing = edges.routing and replace(edges.routing, coefficients=coefficients[0])
         edges = replace(edges, to_edge=to_edge, damped=damped, scalars=scalars, routing=routing)
         x = self.messages(h, edges)
-        return (edges.frames.sums(damped[:, : x.shape[1]], x, edges.target, h.dtype),)
+        rows = sum(xm.shape[1] for xm in x) // h.shape[2]
+        return (edges.ops.sums(damped[:, :rows], x, edges.piece.target, h.dtype),)
 
 
 class EdgeDegree(EdgeSum):
@@ -287,14 +299,12 @@ class EdgeDegree(EdgeSum):
 
     def __init__(self, config: EscnMDConfig):
         super().__init__()
-        self.n_m0, self.channels = config.lmax + 1, config.channels
         width = config.num_basis + 2 * config.edge_channels
-        self.radial = RadialMLP(width, config.edge_channels, self.n_m0 * config.channels)
+        self.radial = RadialMLP(width, config.edge_channels, (config.lmax + 1) * config.channels)
 
-    def messages(self, h: Tensor, edges: Edges) -> Tensor:
-        """Return ``[E, lmax + 1, C]``, the rows of m = 0."""
-        m0 = self.radial(edges.scalars, None).unflatten(1, (self.n_m0, self.channels))
-        return m0 / EDGE_DEGREE_SCALE
+    def messages(self, h: Tensor, edges: Edges) -> list[Tensor]:
+        """Return the rows of m = 0."""
+        return [self.radial(edges.scalars, None, edges.ops)]
 
 
 class EdgeConvolution(EdgeSum):
@@ -304,24 +314,24 @@ class EdgeConvolution(EdgeSum):
         super().__init__()
         m0, m, radial, _ = experts
         lmax, mmax, c, hidden = config.lmax, config.mmax, config.channels, config.hidden_channels
-        self.activation: EdgeGate | SphereSiLU = EdgeGate(lmax, hidden)
+        self.hidden, self.orders = hidden, Orders(lmax, mmax)
+        self.sphere = None  # gates instead
         if config.activation == "s2":
-            self.activation = SphereSiLU(lmax, mmax, hidden, config.grid_resolution)
-        self.orders = Orders(lmax, mmax)
+            self.sphere = SphereSiLU(lmax, mmax, hidden, config.grid_resolution)
         scalars, width = config.num_basis + 2 * config.edge_channels, config.edge_channels
         self.radial = RadialMLP(scalars, width, sum(self.orders.factors) * 2 * c, experts=radial)
-        extra, places = self.activation.extra, {"experts_m0": m0, "experts_m": m}
+        extra, places = lmax * hidden if self.sphere is None else hidden, {"experts_m0": m0, "experts_m": m}
         self.conv_1 = SO2Linear(lmax, mmax, 2 * c, hidden, extra=extra, **places)
         self.conv_2 = SO2Linear(lmax, mmax, hidden, c, **places)
 
-    def messages(self, h: Tensor, edges: Edges) -> Tensor:
-        """Return ``[E, R, C]``."""
-        factors = self.radial(edges.scalars, edges.routing).unflatten(1, (-1, 2 * h.shape[2]))
-        x = edges.frames.scaled_pairs(
-            edges.to_edge, h, factors, edges.source, edges.target, edges.first, self.orders
-        )
-        x = self.activation(self.conv_1(x, edges.routing))
-        return torch.cat(self.conv_2(x, edges.routing), dim=1).unflatten(1, (-1, h.shape[2]))
+    def messages(self, h: Tensor, edges: Edges) -> list[Tensor]:
+        """Return all rows."""
+        factors = self.radial(edges.scalars, edges.routing, edges.ops)
+        ends = edges.piece.source, edges.piece.target, edges.piece.first
+        x = edges.ops.scaled_pairs(edges.to_edge, h, factors, *ends, self.orders)
+        y = self.conv_1(x, edges.routing)
+        x = edges.ops.gated(y, self.orders.lmax, self.hidden) if self.sphere is None else self.sphere(y)
+        return self.conv_2(x, edges.routing)
 
 
 class SpectralFeedForward(nn.Module):
@@ -378,7 +388,7 @@ class EdgeDegreeBlock(nn.Module):
         self, h_all: Tensor, basis: EscnBasis, g: AtomGraph, n_owned: int
     ) -> tuple[Tensor, EscnBasis]:
         """Map ``[n_all, S, C]`` to ``[n_owned, S, C]``."""
-        return h_all[:n_owned] + self.edge_degree(h_all, basis), basis
+        return h_all[:n_owned] + self.edge_degree(h_all, basis) / EDGE_DEGREE_SCALE, basis
 
 
 class EscnBlock(nn.Module):
@@ -411,7 +421,7 @@ class EscnMD(Backbone):
         dataset_rows: row of the data-set embedding that each of the potential's data sets reads; () = none.
     """
 
-    compilable = True
+    compilable, largest_captured = True, 2000
 
     def __init__(self, config: EscnMDConfig, dataset_rows: Sequence[int] = ()):
         super().__init__()
@@ -459,18 +469,28 @@ class EscnMD(Backbone):
         def routing(rows: Tensor) -> Routing | None:
             return None if coefficients is None else Routing.of(coefficients, g.system[rows])
 
-        frames = frames_for(self.kernels, g.cell.device)
-        cuts, recompute = self._cuts(target, n_owned)
-        lengths = [stop - start for (_, start), (_, stop) in pairwise(cuts)]
+        ops = edge_operations(self.kernels, g.cell.device)
+        pieces = g.links or self._pieces(g, n_owned)
         scalars = torch.cat([gaussians, *embeddings], dim=1)
-        tensors = [t.split(lengths) for t in (source, target, to_edge, damped, scalars)]
-        edges = []
-        for ((first, _), (end, _)), *piece in zip(pairwise(cuts), *tensors, strict=True):
-            source, target, to_edge, damped, scalars = piece
-            groups = Groups(source, len(g.numbers), ascending=False), Groups(target - first, end - first)
-            edges.append(Edges(first, *groups, frames, to_edge, damped, scalars, routing(target)))
+        tensors = [t.split([len(p.target.index) for p in pieces]) for t in (target, to_edge, damped, scalars)]
+        edges = [
+            Edges(piece, ops, to_edge, damped, scalars, routing(target))
+            for piece, target, to_edge, damped, scalars in zip(pieces, *tensors, strict=True)
+        ]
+        recompute = self.edge_chunk is not None and self.edge_chunk < len(target)
         owned = torch.arange(n_owned, device=source.device)
         return EscnBasis(edges, recompute, system, routing(owned))
+
+    def links(self, g: AtomGraph, n_owned: int, skin: float = 0.0) -> list[Piece] | None:
+        """Return the edges in pieces; see `Backbone.links`. Those in the skin add zero."""
+        c = self.config
+        if c.charge_balanced_channels or c.spin_balanced_channels or (self.router and g.n_systems > 1):
+            return None  # lists of the host are read
+        pieces = self._pieces(g, n_owned)
+        for piece in pieces:
+            piece.source.make()
+            piece.target.make()
+        return pieces
 
     def embed(self, g: AtomGraph, basis: EscnBasis) -> Tensor:
         """Return ``[n_all, S, C]``: element and system in the scalars, zero elsewhere."""
@@ -508,15 +528,18 @@ class EscnMD(Backbone):
         counted = g.n_atoms + 1 if self.config.experts.mean_counts_one_more else g.n_atoms.clamp(min=1)
         return self.router(system, total / counted[:, None])
 
-    def _cuts(self, target: Tensor, n_owned: int) -> tuple[list[tuple[int, int]], bool]:
-        """Cut the edges between atoms; return (atom, edge) of every cut, both ends included.
-
-        The second result is whether a piece is to be computed again in the backward pass.
-        """
-        longest, recompute = len(target), False
+    def _pieces(self, g: AtomGraph, n_owned: int) -> list[Piece]:
+        """Cut the edges between atoms; those that are computed again in the backward pass as told."""
+        source, target = g.edge_index
+        longest = len(target)
         if self.edge_chunk is not None and self.edge_chunk < longest:
-            longest, recompute = self.edge_chunk, True
+            longest = self.edge_chunk
         elif target.device.type == "cpu" and not torch.compiler.is_compiling():
             row = n_rows(self.config.lmax) * self.config.channels
             longest = max(CACHE_VALUES // row, longest // MOST_CACHE_PIECES)
-        return cut_between_atoms(target, n_owned, longest), recompute
+        cuts = list(pairwise(cut_between_atoms(target, n_owned, longest)))
+        ends = (t.split([stop - start for (_, start), (_, stop) in cuts]) for t in (source, target))
+        return [
+            Piece(first, Groups(j, len(g.numbers), ascending=False), Groups(i - first, end - first))
+            for ((first, _), (end, _)), j, i in zip(cuts, *ends, strict=True)
+        ]

@@ -33,31 +33,6 @@ class DegreeGate(Float64Buffers):
         return torch.cat([F.silu(scalars), rest * gates.index_select(1, self.gate_of_row)], dim=1)
 
 
-class EdgeGate(nn.Module):
-    """The same in the frame of an edge, where features are a list (see `nn.so2`).
-
-    Args:
-        lmax: largest degree.
-        channels: H.
-    """
-
-    def __init__(self, lmax: int, channels: int):
-        super().__init__()
-        self.lmax, self.channels = lmax, channels
-        self.extra = lmax * channels
-
-    def forward(self, y: list[Tensor]) -> list[Tensor]:
-        """Apply to features whose m = 0 begins with ``extra`` gates before the sigmoid, degree slow."""
-        gates, scalars, rest = y[0].split([self.extra, self.channels, self.extra], dim=1)
-        gates = torch.sigmoid(gates)
-        x = [torch.cat([F.silu(scalars), rest * gates], dim=1)]
-        gates = gates.unflatten(1, (self.lmax, 1, self.channels)).transpose(1, 2)  # [E, 1, lmax, H]
-        for m, ym in enumerate(y[1:], start=1):
-            n = self.lmax - m + 1
-            x.append((ym.unflatten(1, (2, n, self.channels)) * gates[:, :, m - 1 :]).flatten(1))
-        return x
-
-
 class SphereSiLU(nn.Module):
     """SiLU of the function on the sphere that the features describe; scalars come from numbers of their own.
 

@@ -1,8 +1,8 @@
 """Small dense networks."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from gnnmd.nn.edge_operations import EdgeOperations
 from gnnmd.nn.experts import ExpertLinear, Routing
 
 
@@ -24,8 +24,8 @@ class RadialMLP(nn.Module):
         self.norm_2 = nn.LayerNorm(hidden)
         self.linear_3 = ExpertLinear(hidden, c_out, experts=experts)
 
-    def forward(self, x: Tensor, routing: Routing | None) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing | None, ops: EdgeOperations) -> Tensor:
         """Map ``[E, c_in]`` to ``[E, c_out]``."""
-        x = F.silu(self.norm_1(self.linear_1(x, routing)))
-        x = F.silu(self.norm_2(self.linear_2(x, routing)))
+        x = ops.activated_norm(self.linear_1(x, routing), self.norm_1)
+        x = ops.activated_norm(self.linear_2(x, routing), self.norm_2)
         return self.linear_3(x, routing)

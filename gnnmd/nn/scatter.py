@@ -41,6 +41,10 @@ class Groups:
         index = self.index if self.order is None else self.index.index_select(0, self.order)
         return torch.searchsorted(index, torch.arange(self.n + 1, device=index.device))
 
+    def make(self) -> None:
+        """Make `order` and `first` now."""
+        _ = self.order, self.first
+
 
 class Loops(Protocol):
     """The loops over rows, on plain tensors; ``w [E, K]``, ``x [E, C]`` (or see rows), ``s [n, K, C]``."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from gnnmd.nn.activations import EdgeGate
+from gnnmd.nn.edge_operations import EdgeOperations
 from gnnmd.nn.experts import Routing
 from gnnmd.nn.so2 import SO2Linear, rows_per_order
 
@@ -26,7 +26,10 @@ def rolled(x: list[torch.Tensor], angle: float) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("lmax", "mmax"), [(0, 0), (2, 2), (3, 1), (4, 0)])
 def test_commutes_with_rolls_about_the_edge(lmax, mmax):
     linear, x = SO2Linear(lmax, mmax, 3, 4, extra=lmax * 4).double(), features(lmax, mmax, 3)
-    gate = EdgeGate(lmax, 4)
+
+    def gate(y: list[torch.Tensor]) -> list[torch.Tensor]:
+        return EdgeOperations().gated(y, lmax, 4)
+
     found, expected = gate(linear(rolled(x, 0.7), None)), rolled(gate(linear(x, None)), 0.7)
     assert [y.shape[1] for y in found] == [4 * n for n in rows_per_order(lmax, mmax)]
     for a, b in zip(found, expected, strict=True):
@@ -54,11 +57,10 @@ def test_each_system_has_its_mixture():
 
 def test_gate_opens_and_closes_degrees():
     """Gates far below zero leave scalars only; far above they let everything pass."""
-    gate = EdgeGate(2, 4)
     y = [torch.randn(5, 2 * 4 + 3 * 4, dtype=torch.float64), torch.randn(5, 16, dtype=torch.float64)]
     for value, passed in [(-100.0, 0.0), (100.0, 1.0)]:
         y[0][:, :8] = value
-        x = gate(y)
+        x = EdgeOperations().gated(y, 2, 4)
         assert_close(x[0][:, :4], torch.nn.functional.silu(y[0][:, 8:12]))
         assert_close(x[0][:, 4:], passed * y[0][:, 12:], rtol=0, atol=1e-12)
         assert_close(x[1], passed * y[1], rtol=0, atol=1e-12)

@@ -11,6 +11,7 @@ from gnnmd.graph import AtomBatch
 from gnnmd.graph.neighbors import neighbor_list
 from gnnmd.models.build import PotentialConfig, build_potential
 from gnnmd.models.dpa3_config import DPA3Config
+from gnnmd.models.escn_md import EscnMDConfig
 from gnnmd.models.potential import Potential
 from gnnmd.parallel import GPContext
 from gnnmd.predict import InferenceSettings
@@ -21,13 +22,21 @@ from tests.models.conformance import assert_same
 SKIN = 0.4
 
 
-def silver(device: str) -> tuple[Potential, AtomBatch]:
+MODELS = {
+    "dpa3": DPA3Config(type_map=("Ag",), n_dim=16, e_dim=8, a_dim=4, nlayers=3),
+    "escn_md": EscnMDConfig(channels=16, hidden_channels=8, edge_channels=8, num_layers=2),
+    "escn_md in pieces": EscnMDConfig(channels=16, hidden_channels=8, edge_channels=8, num_layers=2),
+}
+
+
+def silver(device: str, model: str = "dpa3") -> tuple[Potential, AtomBatch]:
     torch.manual_seed(0)
-    config = DPA3Config(type_map=("Ag",), n_dim=16, e_dim=8, a_dim=4, nlayers=3)
     atoms = bulk("Ag", cubic=True).repeat(2)
     atoms.rattle(0.1, seed=0)
     settings = InferenceSettings(dtype="float64")
-    potential = frozen_copy(build_potential(PotentialConfig(config)), torch.device(device), settings)
+    potential = frozen_copy(build_potential(PotentialConfig(MODELS[model])), torch.device(device), settings)
+    if "pieces" in model:
+        potential.backbone.edge_chunk = 300
     return potential, AtomBatch.from_ase(atoms).to(device)
 
 
@@ -44,8 +53,9 @@ def steps(batch: AtomBatch, n: int) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_one_capture_serves_a_neighbour_list():
-    potential, batch = silver("cuda")
+@pytest.mark.parametrize("model", MODELS)
+def test_one_capture_serves_a_neighbour_list(model):
+    potential, batch = silver("cuda", model)
     gp, captured = GPContext.single(len(batch.numbers)), CapturedPotential(potential, SKIN)
     wide = neighbor_list(batch, potential.r_cut + SKIN)
     graph = potential.graph(batch, replace(wide, r_cut=potential.r_cut))
@@ -69,3 +79,15 @@ def test_without_a_gpu_it_is_a_call():
     graph = potential.graph(batch)
     assert_same(captured(batch.positions, graph, gp), potential(batch.positions, graph, gp))
     assert captured.n_captures == 0
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_derived_from_the_edges_once_serves_other_positions(model):
+    potential, batch = silver("cpu", model)
+    gp = GPContext.single(len(batch.numbers))
+    graph = replace(neighbor_list(batch, potential.r_cut + SKIN), r_cut=potential.r_cut)
+    linked = potential.linked(batch.positions, potential.graph(batch, graph), gp, skin=SKIN)
+    assert linked.links is not None
+    for x, cell in steps(batch, 3):
+        expected = potential(x, potential.graph(replace(batch, positions=x, cell=cell)), gp)
+        assert_same(potential(x, replace(linked, cell=cell), gp), expected)

@@ -1,13 +1,16 @@
-"""The two ends of a message: rows of atoms seen from the frames of their edges, and sums of what goes back.
+"""What a message of eSCN-MD consists of besides matrix products.
 
-Rows of atoms ``[n, S, C]`` are l-major, rows in the frame of an edge m-major with |m| <= mmax (see `nn.so3`).
-This is the version by operators of torch; `gnnmd.kernels` has another one.
+Rows of atoms ``[n, S, C]`` are l-major. Rows in the frame of an edge are m-major with |m| <= mmax, a list
+with one tensor ``[E, rows * C]`` per order as in `nn.so2`. This is the version by operators of torch;
+`gnnmd.kernels` has another one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gnnmd.nn.scatter import Groups
 from gnnmd.nn.so2 import rows_per_order
@@ -36,8 +39,11 @@ class Orders:
         return [self.lmax + 1 - m for m in range(self.mmax + 1)]
 
 
-class Frames:
-    """Both ends of a message; ``d [E, R, S]`` are rotations into the frames of the edges."""
+class EdgeOperations:
+    """These operations; ``d [E, R, S]`` are rotations into the frames of the edges.
+
+    They never mix degrees: what is not zero in d lies between rows of the same one.
+    """
 
     def scaled_pairs(
         self, d: Tensor, h: Tensor, f: Tensor, source: Groups, target: Groups, first: int, orders: Orders
@@ -47,7 +53,7 @@ class Frames:
         Args:
             d: ``[E, R, S]``.
             h: ``[n_all, S, C]``.
-            f: ``[E, F, 2C]`` factors of each order and degree.
+            f: ``[E, F * 2C]`` factors of each order and degree.
             source: ``[E]`` rows of h.
             target: ``[E]`` rows of h, counted from ``first``.
             first: row of h.
@@ -59,20 +65,43 @@ class Frames:
         pair = torch.stack([source.index, target.index + first], dim=1).flatten()
         x = h.index_select(0, pair).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)  # [E, S, 2C]
         m0, *others = torch.bmm(d, x).split(orders.rows, dim=1)
-        f0, *factors = f.split(orders.factors, dim=1)
+        f0, *factors = f.unflatten(1, (-1, x.shape[2])).split(orders.factors, dim=1)
         y = [(m0 * f0).flatten(1)]
         for xm, fm in zip(others, factors, strict=True):
             y.append((xm.unflatten(1, (2, fm.shape[1])) * fm[:, None]).flatten(1))
         return y
 
-    def sums(self, d: Tensor, x: Tensor, target: Groups, dtype: torch.dtype) -> Tensor:
+    def gated(self, y: Sequence[Tensor], lmax: int, channels: int) -> list[Tensor]:
+        """Return SiLU of the scalars, and every degree > 0 times the sigmoid of a gate per channel.
+
+        Args:
+            y: rows of each order; m = 0 begins with ``lmax * channels`` gates before the sigmoid, degree
+                slow.
+            lmax: largest degree.
+            channels: of a row.
+        """
+        gates, scalars, rest = y[0].split([lmax * channels, channels, lmax * channels], dim=1)
+        gates = torch.sigmoid(gates)
+        x = [torch.cat([F.silu(scalars), rest * gates], dim=1)]
+        gates = gates.unflatten(1, (lmax, 1, channels)).transpose(1, 2)  # [E, 1, lmax, C]
+        for m, ym in enumerate(y[1:], start=1):
+            n = lmax - m + 1
+            x.append((ym.unflatten(1, (2, n, channels)) * gates[:, :, m - 1 :]).flatten(1))
+        return x
+
+    def sums(self, d: Tensor, x: Sequence[Tensor], target: Groups, dtype: torch.dtype) -> Tensor:
         """Return ``[n, S, C]``, sum over the edges of each target of d^T x.
 
         Args:
             d: ``[E, R, S]``, first rows of it where x has fewer.
-            x: ``[E, R, C]``.
+            x: rows of each order.
             target: ``[E]``, ascending.
             dtype: of the sums.
         """
-        messages = torch.bmm(d.transpose(1, 2), x).to(dtype)
+        rows = torch.cat(list(x), dim=1).unflatten(1, (d.shape[1], -1))
+        messages = torch.bmm(d.transpose(1, 2), rows).to(dtype)
         return messages.new_zeros(target.n, *messages.shape[1:]).index_add(0, target.index, messages)
+
+    def activated_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """Return SiLU of a normalised ``[E, C]``."""
+        return F.silu(norm(x))
