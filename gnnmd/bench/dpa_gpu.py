@@ -123,7 +123,6 @@ def measure(n_atoms: int, options: argparse.Namespace) -> dict[str, Any]:
                 "captured_ms_median": statistics.median(times),
                 "captured_katom_step_per_s": len(x) / statistics.median(times),
                 "captured_peak_mib": peak,
-                "capture_s": captured.seconds,
             }
         record["ms_with_list_median"] = statistics.median(_times(call_with_list, device, options)[0])
         record["list_ms_median"] = statistics.median(_times(listed, device, options)[0])

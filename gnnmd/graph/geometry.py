@@ -23,7 +23,8 @@ def edge_vectors(g: AtomGraph) -> Tensor:
         offset = shift @ g.cell[0]
     else:
         offset = torch.einsum("ea,eab->eb", shift, g.cell.index_select(0, g.system[target]))
-    vectors = g.positions[source] - g.positions[target] + offset
+    x = g.positions
+    vectors = x.index_select(0, source) - x.index_select(0, target) + offset
     if g.n_edges is None:
         return vectors
     spare = torch.arange(len(source), device=source.device) >= g.n_edges

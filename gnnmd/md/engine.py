@@ -295,11 +295,6 @@ class Engine:
         small = self.n_atoms <= self.potential.backbone.largest_captured
         return "captured" if alone and small else "compact"
 
-    @property
-    def rebuild_seconds(self) -> float:
-        """What a rebuild costs beyond the plan: the next evaluation captures anew."""
-        return self._captured.seconds if self.evaluation == "captured" else 0.0
-
     def _moved(self, s: State) -> tuple[Tensor, Tensor]:
         """Return how far atoms of this rank have moved, ``[n, 3]``, and how far they may, Angstrom.
 

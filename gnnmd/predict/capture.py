@@ -1,6 +1,5 @@
 """Replay a whole evaluation on a GPU as one CUDA graph: a small system is bound by launching its kernels."""
 
-import time
 from dataclasses import replace
 
 import torch
@@ -30,12 +29,11 @@ class CapturedPotential:
 
     Attributes:
         n_captures: captures so far.
-        seconds: how long the last one took.
     """
 
     def __init__(self, potential: Potential, skin: float = 0.0):
         self.potential, self.skin = potential, skin
-        self.n_captures, self.seconds = 0, 0.0
+        self.n_captures = 0
         self._capture: _Capture | None = None
 
     def __call__(
@@ -59,14 +57,12 @@ class CapturedPotential:
         standing = self._capture
         if standing is None or not standing.fits(g, gp, stress):
             self._capture = standing = None  # its memory is needed
-            begun = time.perf_counter()
             linked = self._linked(pos if listed_at is None else listed_at, g, gp)
             if linked.links is None:
                 return self.potential(pos, g, gp, stress=stress)
             warm_up = 0 if self.n_captures else WARM_UP
             self._capture = standing = _Capture(self.potential, pos, linked, gp, stress, warm_up)
             self.n_captures += 1
-            self.seconds = time.perf_counter() - begun
         return standing.replay(pos, g.cell)
 
     def _linked(self, pos: Tensor, g: AtomGraph, gp: GPContext) -> AtomGraph:
