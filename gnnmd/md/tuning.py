@@ -54,12 +54,16 @@ def cheapest_skin(engine: Engine, s: State) -> float:
 
 
 def _interval(travel: list[tuple[int, float]], skin: float) -> float:
-    """Return after how many steps the farthest atom has moved by half the skin."""
-    reached = [steps for steps, distance in travel if distance >= skin / 2]
+    """Return after how many steps the farthest atom has moved by half the skin.
+
+    Before it was looked at for the first time, an atom is taken to have moved steadily.
+    """
+    half = skin / 2
+    reached = [steps * half / distance for steps, distance in travel if distance >= half]
     if reached:
-        return max(min(reached), 1)
+        return max(min(reached), 1.0)
     steps, distance = max(travel, default=(1, 0.0), key=lambda seen: seen[1])
-    return max(steps, 1) * (skin / 2 / max(distance, 1e-6)) ** 2
+    return max(steps, 1) * (half / max(distance, 1e-6)) ** 2
 
 
 def _wait(s: State) -> None:

@@ -171,7 +171,9 @@ class Plan:
         with torch.no_grad():
             g = self.graph.with_positions(self.gp.exchange(positions.detach()), cell)
             near = torch.linalg.vector_norm(edge_vectors(g), dim=1) < self.r_cut
-            return replace(self.graph, edge_index=g.edge_index[:, near], shift=g.shift[near], cell=cell)
+            kept = near.nonzero().squeeze(1)  # here the host waits, once
+            edge_index, shift = g.edge_index.index_select(1, kept), g.shift.index_select(0, kept)
+            return replace(self.graph, edge_index=edge_index, shift=shift, cell=cell)
 
     @torch.no_grad()
     def gather_owned(self, owned: Tensor) -> Tensor:

@@ -41,6 +41,12 @@ def test_a_network_that_is_spared_the_skin_gets_a_wider_one(monkeypatch):
     assert spared > not_spared
 
 
+def test_what_happened_before_the_first_look_is_no_reason_for_a_narrow_skin(monkeypatch):
+    looked = [(10, 0.4), (20, 0.55), (29, 0.65)]
+    assert tuning._interval(looked, 0.2) == pytest.approx(2.5)
+    assert chosen(monkeypatch, rebuilding=10.0, calling=1.0, travel=looked, compact=False) > 0.5
+
+
 @pytest.mark.parametrize(("skin", "steps"), [(0.2, 4), (0.1, 1), (1.0, 29 * (0.5 / SOLID[-1][1]) ** 2)])
 def test_intervals_are_those_that_were_seen_or_grow_with_the_square(skin, steps):
     assert tuning._interval(SOLID, skin) == pytest.approx(steps)
