@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gnnmd.graph import AtomBatch
 from gnnmd.graph.geometry import edge_vectors
+from gnnmd.graph.graph import AtomGraph
 from gnnmd.md.state import State
 from gnnmd.models.potential import Prediction
 from gnnmd.parallel import Plan, RankFailure, build_plan
@@ -34,10 +35,14 @@ CLOSEST = 0.01
 #: What to do about a simulation that has lost its meaning.
 _REMEDY = "Atoms that are too close at the start need `FIRE` first; else try a shorter time step"
 #: How the potential is evaluated: "compact" leaves out the edges in the skin at every step, for which the
-#: host waits for the device; "standing" takes all edges of the plan, so that shapes stay between rebuilds;
-#: "captured" is that as one CUDA graph, captured anew after every rebuild, which spares the host thousands
-#: of launches.
+#: host waits for the device unless spare edges cost nothing; "standing" takes all edges of the plan, so that
+#: shapes stay between rebuilds; "captured" is that as one CUDA graph, captured anew after every rebuild, which
+#: spares the host thousands of launches.
 EVALUATIONS = ("compact", "standing", "captured")
+#: Room for more edges within the cutoff than there were at the last reading: one in so many, and so many.
+SPARE, FEWEST_SPARE = 50, 64
+#: What counts as a used-up skin where that did not suffice.
+TOO_MANY = 2.0
 #: Per-atom columns of a `State` that every plan carries.
 _OWN = ("velocities", "masses", "mobile")
 #: Names under which a restart gives positions and forces to the first plan.
@@ -112,6 +117,7 @@ class Engine:
         n_atoms: of all ranks.
         n_mobile: those that are not held fixed.
         wants_stress: whether evaluations compute the stress, asked or not.
+        has_room: whether "compact" lists keep room for more edges, so that the host need not know how many.
         was_read: whether the last evaluation was one that looked at the device.
         wished: the largest wish of all ranks at the last reading.
         own_pace: seconds per step on this rank; set by the loop.
@@ -176,6 +182,8 @@ class Engine:
         if self.evaluation not in EVALUATIONS:
             raise ValueError(f"evaluation={evaluation!r} is not one of {', '.join(EVALUATIONS)}")
         self._captured = CapturedPotential(self.potential, self.plan.skin)
+        self.has_room = evaluator.device.type == "cuda" and self.potential.backbone.spares_are_free
+        self._room: int | None = None
         self._settings, self.system = evaluator.settings, piece
         self._dt, self._changes_cell = timestep * FEMTOSECOND, changes_cell
         self._wish = wish
@@ -267,7 +275,7 @@ class Engine:
         self.counters.repeated += 1
         self._watch_until = until
         self._unread, self._every = 0, 1
-        self._worst = torch.zeros_like(self._worst)
+        self._worst, self._room = torch.zeros_like(self._worst), None
 
     def call(self, s: State, *, stress: bool = False) -> None:
         """Evaluate the potential with the plan as it is. Collective."""
@@ -282,13 +290,28 @@ class Engine:
     def _predicted(self, s: State, cell: Tensor, *, stress: bool) -> Prediction:
         plan = self.plan
         if self.evaluation == "compact":
-            return self.potential(s.positions, plan.within_cutoff(s.positions, cell), plan.gp, stress=stress)
+            return self.potential(s.positions, self._compact(s, cell), plan.gp, stress=stress)
         graph = replace(plan.graph, cell=cell)
         if self.evaluation == "standing":
             return self.potential(s.positions, graph, plan.gp, stress=stress)
         self._captured.skin = plan.skin
         # Always with the stress: one capture serves all steps.
         return self._captured(s.positions, graph, plan.gp, listed_at=plan.positions)
+
+    def _compact(self, s: State, cell: Tensor) -> AtomGraph:
+        """Return the plan's graph without the edges in the skin.
+
+        Their number is asked for at readings. Until the next one the host does not wait: there is some more
+        room, and had there been too little, the steps since are repeated.
+        """
+        room = None if self.was_read else self._room
+        graph = self.plan.within_cutoff(s.positions, cell, room)
+        if room is not None and graph.n_edges is not None:
+            self._worst = torch.maximum(self._worst, TOO_MANY * (graph.n_edges > room))
+        elif self.has_room:
+            n_edges = graph.edge_index.shape[1]
+            self._room = n_edges + n_edges // SPARE + FEWEST_SPARE
+        return graph
 
     def _best_evaluation(self, device: torch.device) -> str:
         alone = device.type == "cuda" and self.ranks.size == 1 and self.plan.skin > 0
@@ -350,6 +373,7 @@ class Engine:
         if self.tunes:
             self.travel.append((self._stood, now * self.plan.skin / 2))
         if now > 1 or self.next_skin is not None:
+            self._room = None
             self._rebuild(s)
             parts = parts[LONGEST:]
         due = next((n for n, part in enumerate(parts[:LONGEST], 1) if part > MARGIN), LONGEST)

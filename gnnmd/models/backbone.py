@@ -34,6 +34,7 @@ class Backbone(nn.Module):
             the backward pass and bounds the memory. May be set at any time.
         largest_captured: atoms up to which dynamics replay a captured evaluation, see `links`; larger systems
             keep a GPU busy without, and edges in the skin cost more than the host. 0 = it cannot be captured.
+        spares_are_free: whether spare edges of a graph cost next to nothing.
         compilable: whether `torch.compile` gives the same forces (tested).
         kernels: which version of its operations a model uses that has several, see `gnnmd.kernels`. May be
             set at any time.
@@ -51,6 +52,7 @@ class Backbone(nn.Module):
     needs_statistics: bool = False
     edge_chunk: int | None = None
     largest_captured: int = 0
+    spares_are_free: bool = False
     compilable: bool = False
     kernels: str = "torch"
     blocks: nn.ModuleList

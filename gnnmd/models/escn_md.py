@@ -421,7 +421,7 @@ class EscnMD(Backbone):
         dataset_rows: row of the data-set embedding that each of the potential's data sets reads; () = none.
     """
 
-    compilable, largest_captured = True, 2000
+    compilable, spares_are_free, largest_captured = True, True, 2000
 
     def __init__(self, config: EscnMDConfig, dataset_rows: Sequence[int] = ()):
         super().__init__()
@@ -537,9 +537,10 @@ class EscnMD(Backbone):
         elif target.device.type == "cpu" and not torch.compiler.is_compiling():
             row = n_rows(self.config.lmax) * self.config.channels
             longest = max(CACHE_VALUES // row, longest // MOST_CACHE_PIECES)
-        cuts = list(pairwise(cut_between_atoms(target, n_owned, longest)))
-        ends = (t.split([stop - start for (_, start), (_, stop) in cuts]) for t in (source, target))
-        return [
-            Piece(first, Groups(j, len(g.numbers), ascending=False), Groups(i - first, end - first))
-            for ((first, _), (end, _)), j, i in zip(cuts, *ends, strict=True)
-        ]
+        pieces = []
+        for (first, start), (end, stop) in pairwise(cut_between_atoms(target, n_owned, longest)):
+            j, i = source[start:stop], target[start:stop] - first
+            count = None if g.n_edges is None else (g.n_edges - start).clamp(0, stop - start)
+            groups = Groups(j, len(g.numbers), ascending=False, count=count)
+            pieces.append(Piece(first, groups, Groups(i, end - first, count=count)))
+        return pieces

@@ -24,11 +24,14 @@ class Groups:
         index: ``[E]`` int64, the sum of each row, smaller than n.
         n: number of sums.
         ascending: whether the index is sorted.
+        count: scalar int64, how many rows are summed; those behind, which have the largest index, add zero
+            and may be left out. None = all.
     """
 
     index: Tensor
     n: int
     ascending: bool = True
+    count: Tensor | None = None
 
     @cached_property
     def order(self) -> Tensor | None:
@@ -39,7 +42,8 @@ class Groups:
     def first(self) -> Tensor:
         """``[n + 1]`` int64, where the rows of each sum begin in `order`. Made when first needed."""
         index = self.index if self.order is None else self.index.index_select(0, self.order)
-        return torch.searchsorted(index, torch.arange(self.n + 1, device=index.device))
+        first = torch.searchsorted(index, torch.arange(self.n + 1, device=index.device))
+        return first if self.count is None else torch.minimum(first, self.count)
 
     def make(self) -> None:
         """Make `order` and `first` now."""

@@ -166,14 +166,28 @@ class Plan:
             **{f"cuts.{name}": getattr(cuts, name) for name in _CUTS},
         }
 
-    def within_cutoff(self, positions: Tensor, cell: Tensor) -> AtomGraph:
-        """Return the graph without the edges that are in the skin now; one exchange of positions."""
+    def within_cutoff(self, positions: Tensor, cell: Tensor, room: int | None = None) -> AtomGraph:
+        """Return the graph without the edges that are in the skin now; one exchange of positions.
+
+        Args:
+            positions: ``[n_owned, 3]`` Angstrom.
+            cell: ``[B, 3, 3]`` Angstrom.
+            room: columns of the result, the last of them spare, for which the host does not wait. If
+                ``n_edges`` of the result is larger, edges are missing. None = exactly as many as there are.
+        """
         with torch.no_grad():
             g = self.graph.with_positions(self.gp.exchange(positions.detach()), cell)
             near = torch.linalg.vector_norm(edge_vectors(g), dim=1) < self.r_cut
-            kept = near.nonzero().squeeze(1)  # here the host waits, once
+            if room is None:
+                kept, n_edges = near.nonzero().squeeze(1), None  # here the host waits, once
+            else:
+                kept, n_edges = _first_of(near, room)
             edge_index, shift = g.edge_index.index_select(1, kept), g.shift.index_select(0, kept)
-            return replace(self.graph, edge_index=edge_index, shift=shift, cell=cell)
+            if n_edges is not None:  # spare ones come last, however edges are sorted
+                spare = torch.arange(len(kept), device=kept.device) >= n_edges
+                ends = zip(edge_index, (len(g.numbers) - 1, self.gp.n_owned - 1), strict=True)
+                edge_index = torch.stack([torch.where(spare, last, rows) for rows, last in ends])
+            return replace(self.graph, edge_index=edge_index, shift=shift, cell=cell, n_edges=n_edges)
 
     @torch.no_grad()
     def gather_owned(self, owned: Tensor) -> Tensor:
@@ -196,6 +210,19 @@ class Plan:
         all_gather_rows(rows, padded, group=group)
         everything[all_ids[all_ids >= 0]] = rows[all_ids >= 0]
         return everything
+
+
+def _first_of(wanted: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """Return the first places where a ``[n]`` bool holds, ``[min(room, n)]``, and how many hold in all.
+
+    Where fewer hold, the last ones are arbitrary. The host does not wait.
+    """
+    n = len(wanted)
+    room = min(room, n)
+    count = wanted.cumsum(0)
+    slot = torch.where(wanted, count - 1, room).clamp(max=room)
+    found = count.new_zeros(room + 1).scatter(0, slot, torch.arange(n, device=wanted.device))
+    return found[:room], wanted.sum()
 
 
 #: The tensors of `Cuts`.

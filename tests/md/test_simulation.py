@@ -8,8 +8,10 @@ from torch.overrides import TorchFunctionMode
 from gnnmd import InferenceSettings, PredictUnit
 from gnnmd.graph import AtomBatch
 from gnnmd.md import MTK, NVE, Bussi, Langevin, NoseHoover, Simulation, StochasticCell
+from gnnmd.md.engine import Engine
+from gnnmd.models.build import PotentialConfig, build_potential
 from gnnmd.models.emt import emt
-from gnnmd.models.escn_md import ExpertsConfig
+from gnnmd.models.escn_md import EscnMDConfig, ExpertsConfig
 from gnnmd.models.merge import merged
 from tests.models.systems import slab
 from tests.models.test_escn_md import escn_md
@@ -149,6 +151,58 @@ def test_between_rebuilds_the_host_waits_for_readings_only(integrator, monkeypat
     (few, few_readings), (many, many_readings) = found
     assert many - few == many_readings - few_readings
     assert 2 <= many_readings - few_readings <= 4
+
+
+@pytest.fixture
+def network() -> PredictUnit:
+    """A network to which spare edges make no difference."""
+    torch.manual_seed(0)
+    shape = {"channels": 4, "hidden_channels": 4, "edge_channels": 4, "num_basis": 8, "num_layers": 2}
+    config = PotentialConfig(EscnMDConfig(r_cut=3.5, lmax=1, mmax=1, **shape))
+    return PredictUnit(build_potential(config), device="cpu", settings=EXACT)
+
+
+@pytest.fixture
+def roomy(monkeypatch) -> list[Engine]:
+    """As on a GPU, lists keep room for more edges; the engines that do so."""
+    engines, begin = [], Engine.begin
+
+    def with_room(self: Engine, *args):
+        self.has_room = self.potential.backbone.spares_are_free
+        engines.append(self)
+        return begin(self, *args)
+
+    monkeypatch.setattr("gnnmd.md.simulation._HEAR", 1e9)
+    monkeypatch.setattr(Engine, "begin", with_room)
+    return engines
+
+
+def test_with_room_for_more_edges_the_host_waits_for_readings_only(network, roomy):
+    found = []
+    for steps in (20, 60):
+        simulation = Simulation(crystal(), network, NVE(1), temperature=10, skin=2.0)
+        with Waits() as waits:
+            simulation.run(steps)
+        assert simulation.counters.rebuilds == simulation.counters.repeated == 0
+        found.append((waits.count, simulation.counters.readings))
+    (few, few_readings), (many, many_readings) = found
+    assert many - few == 2 * (many_readings - few_readings)  # the reading itself, and the number of edges
+    assert len(roomy) == 2
+    assert all(engine.has_room for engine in roomy)
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_room_for_more_edges_changes_nothing_even_if_it_does_not_suffice(network, roomy, enough, monkeypatch):
+    if not enough:
+        monkeypatch.setattr("gnnmd.md.engine.FEWEST_SPARE", -50)
+        monkeypatch.setattr("gnnmd.md.engine.SPARE", 10**9)
+    simulation = Simulation(crystal(), network, NVE(4), temperature=900, skin=0.6).run(40)
+    assert roomy.pop().has_room
+    assert (simulation.counters.repeated == 0) == enough
+    monkeypatch.undo()
+    expected = Simulation(crystal(), network, NVE(4), temperature=900, skin=0.6).run(40)
+    assert expected.counters.rebuilds > 0
+    np.testing.assert_allclose(simulation.atoms.positions, expected.atoms.positions, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("temperature", "most"), [(300, 0.35), (900, 0.4)])
