@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ CLOSEST = 0.01
 _REMEDY = "Atoms that are too close at the start need `FIRE` first; else try a shorter time step"
 #: How the potential is evaluated: "compact" leaves out the edges in the skin at every step, for which the
 #: host waits for the device unless spare edges cost nothing; "standing" takes all edges of the plan, so that
-#: shapes stay between rebuilds; "captured" is that as one CUDA graph, captured anew after every rebuild, which
-#: spares the host thousands of launches.
+#: shapes stay between rebuilds; "captured" is one of these as a CUDA graph, captured anew after a rebuild,
+#: which spares the host thousands of launches.
 EVALUATIONS = ("compact", "standing", "captured")
 #: Room for more edges within the cutoff than there were at the last reading: one in so many, and so many.
 SPARE, FEWEST_SPARE = 50, 64
@@ -294,9 +295,30 @@ class Engine:
         graph = replace(plan.graph, cell=cell)
         if self.evaluation == "standing":
             return self.potential(s.positions, graph, plan.gp, stress=stress)
+        if self.spared:
+            return self._replayed(s, graph)
         self._captured.skin = plan.skin
         # Always with the stress: one capture serves all steps.
         return self._captured(s.positions, graph, plan.gp, listed_at=plan.positions)
+
+    def _replayed(self, s: State, graph: AtomGraph) -> Prediction:
+        """Return the prediction for the edges within the cutoff, which are chosen in the CUDA graph too.
+
+        There is one rank: it may compute again what had too little room.
+        """
+        if self._room is None:
+            self._room = _with_spares(self.plan.within_cutoff(s.positions, graph.cell))
+        shorten = partial(self.plan.within_cutoff, room=self._room)
+        p = self._captured(s.positions, graph, self.plan.gp, shorten=shorten, room=self._room)
+        n_edges = self._captured.n_edges
+        assert n_edges is not None
+        if not self.was_read:
+            self._worst = torch.maximum(self._worst, TOO_MANY * (n_edges > self._room))
+        elif n_edges > self._room:  # here the host waits
+            self._room = None
+            graph = self.plan.within_cutoff(s.positions, graph.cell)
+            return self.potential(s.positions, graph, self.plan.gp)
+        return p
 
     def _compact(self, s: State, cell: Tensor) -> AtomGraph:
         """Return the plan's graph without the edges in the skin.
@@ -309,9 +331,15 @@ class Engine:
         if room is not None and graph.n_edges is not None:
             self._worst = torch.maximum(self._worst, TOO_MANY * (graph.n_edges > room))
         elif self.has_room:
-            n_edges = graph.edge_index.shape[1]
-            self._room = n_edges + n_edges // SPARE + FEWEST_SPARE
+            self._room = _with_spares(graph)
         return graph
+
+    @property
+    def spared(self) -> bool:
+        """Whether the network does not see the edges in the skin."""
+        return self.evaluation == "compact" or (
+            self.evaluation == "captured" and self.has_room and self.ranks.size == 1
+        )
 
     def _best_evaluation(self, device: torch.device) -> str:
         alone = device.type == "cuda" and self.ranks.size == 1 and self.plan.skin > 0
@@ -491,6 +519,12 @@ class Engine:
         own = dict(zip(_OWN, carried, strict=False))
         columns = dict(zip(self._columns, carried[len(_OWN) :], strict=True))
         return {**own, "ids": self.plan.ids[:n], "numbers": self.plan.graph.numbers[:n], "columns": columns}
+
+
+def _with_spares(g: AtomGraph) -> int:
+    """Return room for the edges of a graph and some more."""
+    n_edges = g.edge_index.shape[1]
+    return n_edges + n_edges // SPARE + FEWEST_SPARE
 
 
 def _longest(vectors: Tensor) -> Tensor:

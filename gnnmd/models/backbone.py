@@ -33,7 +33,7 @@ class Backbone(nn.Module):
         edge_chunk: edges that are processed at a time; None = all. A smaller number costs a recomputation in
             the backward pass and bounds the memory. May be set at any time.
         largest_captured: atoms up to which dynamics replay a captured evaluation, see `links`; larger systems
-            keep a GPU busy without, and edges in the skin cost more than the host. 0 = it cannot be captured.
+            keep a GPU busy without. 0 = it cannot be captured.
         spares_are_free: whether spare edges of a graph cost next to nothing.
         compilable: whether `torch.compile` gives the same forces (tested).
         kernels: which version of its operations a model uses that has several, see `gnnmd.kernels`. May be

@@ -421,7 +421,7 @@ class EscnMD(Backbone):
         dataset_rows: row of the data-set embedding that each of the potential's data sets reads; () = none.
     """
 
-    compilable, spares_are_free, largest_captured = True, True, 2000
+    compilable, spares_are_free, largest_captured = True, True, 8000
 
     def __init__(self, config: EscnMDConfig, dataset_rows: Sequence[int] = ()):
         super().__init__()

@@ -158,7 +158,7 @@ def network() -> PredictUnit:
     """A network to which spare edges make no difference."""
     torch.manual_seed(0)
     shape = {"channels": 4, "hidden_channels": 4, "edge_channels": 4, "num_basis": 8, "num_layers": 2}
-    config = PotentialConfig(EscnMDConfig(r_cut=3.5, lmax=1, mmax=1, **shape))
+    config = PotentialConfig(EscnMDConfig(r_cut=4.0, lmax=1, mmax=1, **shape))
     return PredictUnit(build_potential(config), device="cpu", settings=EXACT)
 
 
@@ -177,10 +177,11 @@ def roomy(monkeypatch) -> list[Engine]:
     return engines
 
 
-def test_with_room_for_more_edges_the_host_waits_for_readings_only(network, roomy):
+@pytest.mark.parametrize("evaluation", ["compact", "captured"])
+def test_with_room_for_more_edges_the_host_waits_for_readings_only(network, roomy, evaluation):
     found = []
     for steps in (20, 60):
-        simulation = Simulation(crystal(), network, NVE(1), temperature=10, skin=2.0)
+        simulation = Simulation(crystal(), network, NVE(1), temperature=10, skin=2.0, evaluation=evaluation)
         with Waits() as waits:
             simulation.run(steps)
         assert simulation.counters.rebuilds == simulation.counters.repeated == 0
@@ -192,11 +193,14 @@ def test_with_room_for_more_edges_the_host_waits_for_readings_only(network, room
 
 
 @pytest.mark.parametrize("enough", [True, False])
-def test_room_for_more_edges_changes_nothing_even_if_it_does_not_suffice(network, roomy, enough, monkeypatch):
-    if not enough:
-        monkeypatch.setattr("gnnmd.md.engine.FEWEST_SPARE", -50)
-        monkeypatch.setattr("gnnmd.md.engine.SPARE", 10**9)
-    simulation = Simulation(crystal(), network, NVE(4), temperature=900, skin=0.6).run(40)
+@pytest.mark.parametrize("evaluation", ["compact", "captured"])
+def test_room_for_more_edges_changes_nothing_even_if_it_does_not_suffice(
+    network, roomy, evaluation, enough, monkeypatch
+):
+    monkeypatch.setattr("gnnmd.md.engine.FEWEST_SPARE", 0)
+    monkeypatch.setattr("gnnmd.md.engine.SPARE", 2 if enough else 10**9)
+    options = {"temperature": 900, "skin": 0.6, "evaluation": evaluation}
+    simulation = Simulation(crystal(), network, NVE(4), **options).run(40)
     assert roomy.pop().has_room
     assert (simulation.counters.repeated == 0) == enough
     monkeypatch.undo()

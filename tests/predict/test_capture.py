@@ -1,11 +1,13 @@
 """Evaluations replayed as one CUDA graph."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from ase.build import bulk
 from torch import Tensor
+from torch.testing import assert_close
 
 from gnnmd.graph import AtomBatch
 from gnnmd.graph.neighbors import neighbor_list
@@ -13,13 +15,14 @@ from gnnmd.models.build import PotentialConfig, build_potential
 from gnnmd.models.dpa3_config import DPA3Config
 from gnnmd.models.escn_md import EscnMDConfig
 from gnnmd.models.potential import Potential
-from gnnmd.parallel import GPContext
+from gnnmd.parallel import GPContext, Ranks, build_plan
 from gnnmd.predict import InferenceSettings
 from gnnmd.predict.capture import CapturedPotential
 from gnnmd.predict.evaluation import frozen_copy, own_arithmetic
 from tests.models.conformance import assert_same
 
 SKIN = 0.4
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 MODELS = {
@@ -52,7 +55,7 @@ def steps(batch: AtomBatch, n: int) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@CUDA
 @pytest.mark.parametrize("model", MODELS)
 def test_one_capture_serves_a_neighbour_list(model):
     potential, batch = silver("cuda", model)
@@ -91,3 +94,21 @@ def test_what_is_derived_from_the_edges_once_serves_other_positions(model):
     for x, cell in steps(batch, 3):
         expected = potential(x, potential.graph(replace(batch, positions=x, cell=cell)), gp)
         assert_same(potential(x, replace(linked, cell=cell), gp), expected)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=[pytest.mark.gpu, CUDA]), "cpu"])
+def test_edges_within_the_cutoff_are_chosen_in_the_capture(device):
+    potential, batch = silver(device, "escn_md")
+    ids = torch.arange(len(batch.numbers), device=device)
+    plan = build_plan(batch, ids, potential.r_cut, Ranks(), skin=SKIN)
+    room, captured = plan.graph.edge_index.shape[1] - 10, CapturedPotential(potential, SKIN)
+    shorten = partial(plan.within_cutoff, room=room)
+    with own_arithmetic(batch.positions.device, tf32=False):
+        for x, cell in steps(batch, 3):
+            graph = replace(plan.graph, cell=cell)
+            found = captured(x[plan.ids], graph, plan.gp, shorten=shorten, room=room)
+            expected = potential(x, potential.graph(replace(batch, positions=x, cell=cell)), plan.gp)
+            assert captured.n_edges <= room
+            assert_close(found.energy, expected.energy, rtol=0, atol=1e-11)
+            assert_close(found.forces, expected.forces[plan.ids], rtol=0, atol=1e-11)
+    assert captured.n_captures == (1 if device == "cuda" else 0)
