@@ -179,11 +179,13 @@ class Engine:
         self.counters.skin = self.plan.skin
         self.n_atoms = int(self.plan.graph.n_atoms.sum())
         self.n_mobile = round(float(self.total(self.plan.carried[_OWN.index("mobile")][:, 0])))
-        self.evaluation = evaluation or self._best_evaluation(evaluator.device)
+        self.evaluation = evaluation or self._best_evaluation(evaluator)
         if self.evaluation not in EVALUATIONS:
             raise ValueError(f"evaluation={evaluation!r} is not one of {', '.join(EVALUATIONS)}")
         self._captured = CapturedPotential(self.potential, self.plan.skin)
-        self.has_room = evaluator.device.type == "cuda" and self.potential.backbone.spares_are_free
+        backbone = self.potential.backbone  # pieces of the edges are cut where the host says
+        plain = backbone.edge_chunk is None and not evaluator.settings.compile
+        self.has_room = evaluator.device.type == "cuda" and backbone.spares_are_free and plain
         self._room: int | None = None
         self._settings, self.system = evaluator.settings, piece
         self._dt, self._changes_cell = timestep * FEMTOSECOND, changes_cell
@@ -341,10 +343,10 @@ class Engine:
             self.evaluation == "captured" and self.has_room and self.ranks.size == 1
         )
 
-    def _best_evaluation(self, device: torch.device) -> str:
-        alone = device.type == "cuda" and self.ranks.size == 1 and self.plan.skin > 0
+    def _best_evaluation(self, evaluator: RankPotential) -> str:
+        alone = evaluator.device.type == "cuda" and self.ranks.size == 1 and self.plan.skin > 0
         small = self.n_atoms <= self.potential.backbone.largest_captured
-        return "captured" if alone and small else "compact"
+        return "captured" if alone and small and not evaluator.settings.compile else "compact"
 
     def _moved(self, s: State) -> tuple[Tensor, Tensor]:
         """Return how far atoms of this rank have moved, ``[n, 3]``, and how far they may, Angstrom.
