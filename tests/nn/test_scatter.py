@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -104,3 +106,12 @@ def test_no_pairs():
     found.sum().backward()
     assert x.grad.abs().max() == y.grad.abs().max() == 0
     assert pair_rows(x[:0], Groups(INDEX[:0], 0), y[:0], Groups(INDEX[:0], 0)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("ascending", [True, False])
+def test_spare_rows_are_in_no_group(ascending):
+    index = torch.tensor([0, 0, 2, 3, 3, 3] if ascending else [3, 0, 2, 0, 3, 3])
+    groups = Groups(index, 4, ascending, count=torch.tensor(4))
+    order = torch.arange(6) if groups.order is None else groups.order
+    members = [order[a:b].tolist() for a, b in pairwise(groups.first.tolist())]
+    assert members == ([[0, 1], [], [2], [3]] if ascending else [[1, 3], [], [2], [0]])

@@ -140,6 +140,32 @@ def walk_with_room(group, batch: AtomBatch, headroom: float, step: float) -> tup
     return errors, len(shapes), roomy
 
 
+def shortened(group, batch: AtomBatch) -> list[tuple[int, int]]:
+    """Compare lists with room with exact ones; return edges and edges that were asked for."""
+    plan, found = plan_of(group, batch, skin=1.0), []
+    mine = batch.positions[plan.ids[: plan.gp.n_owned]]
+    exact = plan.within_cutoff(mine, batch.cell)
+    n, all_of_them = exact.edge_index.shape[1], plan.graph.edge_index.shape[1]
+    for room in {n, (n + all_of_them) // 2, all_of_them + 7, n // 2}:
+        g = plan.within_cutoff(mine, batch.cell, room)
+        listed = min(room, all_of_them)
+        assert g.n_edges == n
+        assert g.edge_index.shape[1] == len(g.shift) == listed
+        k = min(n, listed)
+        assert g.edge_index[:, :k].equal(exact.edge_index[:, :k])
+        assert g.shift[:k].equal(exact.shift[:k])
+        last = torch.tensor([[len(g.numbers) - 1], [plan.gp.n_owned - 1]])
+        assert g.edge_index[:, k:].equal(last.expand(2, listed - k))
+        found.append((n, listed))
+    return found
+
+
+def test_lists_with_room_begin_with_the_edges_and_end_with_spare_ones(pool):
+    for found in pool.run(3, shortened, structure("unwrapped")):
+        assert any(n > listed for n, listed in found)
+        assert any(n < listed for n, listed in found)
+
+
 def test_shapes_survive_rebuilds_where_there_is_room(pool):
     batch = structure("unwrapped")
     for errors, n_shapes, roomy in pool.run(3, walk_with_room, batch, 0.2, 0.03):

@@ -96,6 +96,17 @@ def test_what_is_derived_from_the_edges_once_serves_other_positions(model):
         assert_same(potential(x, replace(linked, cell=cell), gp), expected)
 
 
+@pytest.mark.parametrize("model", ["escn_md", "escn_md in pieces"])
+def test_spare_edges_are_in_no_sum(model):
+    potential, batch = silver("cpu", model)
+    g = replace(potential.graph(batch), n_edges=torch.tensor(1200))
+    assert g.edge_index.shape[1] > 1200
+    pieces = potential.linked(batch.positions, g, GPContext.single(len(batch.numbers))).links
+    assert (len(pieces) > 1) == ("pieces" in model)
+    assert sum(int(p.target.first[-1]) for p in pieces) == 1200
+    assert sum(int(p.source.first[-1]) for p in pieces) == 1200
+
+
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=[pytest.mark.gpu, CUDA]), "cpu"])
 def test_edges_within_the_cutoff_are_chosen_in_the_capture(device):
     potential, batch = silver(device, "escn_md")
