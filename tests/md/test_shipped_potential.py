@@ -5,10 +5,12 @@ import pytest
 
 from gnnmd import PredictUnit
 from gnnmd.md import MTK, NVE, Bussi, NoseHoover, Simulation, StochasticCell
+from gnnmd.md.reporters import VACF
 from gnnmd.parallel import Ranks
 from gnnmd.predict.partitioned import PartitionedPotential
 from gnnmd.units import BOLTZMANN
 from tests.md.sampling import Record, silver
+from tests.md.sampling import unit as oracle
 
 BATH = {"timestep": 5, "temperature": 300, "time_constant": 50}
 CELL = {"pressure_time_constant": 200, "cell": "flexible"}
@@ -66,3 +68,19 @@ def test_what_ensembles_conserve_stays(integrator):
     kept = record(integrator, 60)
     assert np.ptp(kept["conserved"]) < 0.1 * np.ptp(kept["total_energy"])
     assert kept["volume"].std() > 0 or not integrator.changes_cell
+
+
+@pytest.mark.slow
+def test_atoms_vibrate_as_with_the_exact_forces():
+    """Over 10 ps at 300 K; the network takes two minutes of one core."""
+    spectra = []
+    for unit in (PredictUnit.from_checkpoint("silver", device="cpu"), oracle()):
+        bath = Bussi(timestep=5, temperature=300, time_constant=100)
+        start = Simulation(silver(3), unit, bath, temperature=300, skin=1.0).run(300).atoms
+        vacf = VACF(interval=4, lags=150)
+        Simulation(start, unit, NVE(timestep=5), skin=1.0, reporters=[vacf]).run(2000)
+        spectra.append(vacf.result().vdos)
+    found, exact = spectra
+    overlap = found @ exact / np.sqrt((found @ found) * (exact @ exact))
+    print(f"overlap of the densities of states {overlap:.4f}")
+    assert overlap > 0.97
