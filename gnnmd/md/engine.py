@@ -67,7 +67,7 @@ class Counters:
         rebuilds: plans made after the first.
         readings: times the host waited for the device to look how far atoms have moved.
         repeated: times that steps were repeated because atoms had been faster than foreseen (what others call
-            dangerous builds, which here leave no trace).
+            dangerous builds, which here leave no trace), or more of them within the cutoff.
         skin: of the plan now, given or found, Angstrom.
     """
 
