@@ -1,59 +1,26 @@
 """A plan: everything about a partitioned graph that stays fixed while no atom has moved too far."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from gnnmd.graph.atoms import AtomBatch
-from gnnmd.graph.geometry import complete_cell, edge_vectors, pair_distances
+from gnnmd.graph.geometry import complete_cell, edge_vectors
 from gnnmd.graph.graph import AtomGraph
-from gnnmd.graph.neighbors import neighbor_list
 from gnnmd.parallel.accounting import copies
 from gnnmd.parallel.context import GPContext
-from gnnmd.parallel.guards import check_columns, check_each_once, check_finite, check_share
-from gnnmd.parallel.halo import expand_ranges, halo_receivers
+from gnnmd.parallel.guards import check_columns, check_each_once, check_finite
+from gnnmd.parallel.link import Held, Options, Share, link
 from gnnmd.parallel.morton import morton_keys
 from gnnmd.parallel.partition import KEYS, PARTITIONERS, Cuts, choose, morton
 from gnnmd.parallel.ranks import Ranks, all_gather_rows
+from gnnmd.parallel.room import Room, first_of, room_of, with_room
 from gnnmd.parallel.sites import Sites, find_box
 
 #: A rebuild keeps every atom where it is until the largest number of ghosts or edges has grown by this
 #: factor.
 REPARTITION = 1.1
-
-
-@dataclass(frozen=True)
-class Held:
-    """Atoms a rank holds; every column is ``[n, ...]``."""
-
-    id: Tensor
-    numbers: Tensor
-    system: Tensor
-    positions: Tensor
-    carried: tuple[Tensor, ...]
-
-    def select(self, rows: Tensor) -> "Held":
-        """Return the atoms picked by a mask or by indices."""
-        return self._from(tuple(c[rows] for c in self.columns))
-
-    def send(self, receiver: Tensor, ranks: Ranks) -> "Held":
-        """Send every atom to a rank and return those that arrive."""
-        columns, _ = ranks.send_rows(self.columns, receiver)
-        return self._from(columns)
-
-    @property
-    def columns(self) -> tuple[Tensor, ...]:
-        """All columns, those carried along last."""
-        return (self.id, self.numbers, self.system, self.positions, *self.carried)
-
-    @staticmethod
-    def _from(columns: tuple[Tensor, ...]) -> "Held":
-        return Held(columns[0], columns[1], columns[2], columns[3], columns[4:])
 
 
 @dataclass(frozen=True)
@@ -86,7 +53,7 @@ class Plan:
     skin: float
     ranks: Ranks
     _batch: AtomBatch
-    _options: "_Options"
+    _options: Options
     _load: Tensor
 
     def moved_too_far(self, positions: Tensor, cell: Tensor) -> Tensor:
@@ -142,18 +109,21 @@ class Plan:
         batch = replace(self._batch, cell=cell)
         if skin is not None and skin != self.skin:
             options = self._options._replace(skin=skin)
-            return _with_room(_link(held, batch, self.cuts, self.ranks, options), None)
-        plan = _link(held, batch, self.cuts, self.ranks, self._options)
-        if (plan._load > REPARTITION * self._load).any():
+            share = link(held, batch, self.ranks, options)
+            return _planned(held, batch, self.cuts, self.ranks, options, share)
+        share = link(held, batch, self.ranks, self._options)
+        if (share.load > REPARTITION * self._load).any():
             return _build(held, batch, self.ranks, self._options)
-        return _with_room(replace(plan, _load=self._load), _room_of(self))
+        share = share._replace(load=self._load)
+        room = room_of(self.graph, self.gp)
+        return _planned(held, batch, self.cuts, self.ranks, self._options, share, room)
 
     def saved(self) -> dict[str, Tensor]:
         """Return what this rank needs, besides its atoms in their order, to make this plan again.
 
         See the argument ``saved`` of `build_plan`.
         """
-        edges, received, sent = _room_of(self)
+        edges, received, sent = room_of(self.graph, self.gp)
         cuts = self.cuts
         numbers = [[edges, *received, *sent], [list(KEYS).index(cuts.keys), cuts.depth]]
         room, kind = (torch.tensor(x, device=self.ids.device) for x in numbers)
@@ -181,7 +151,7 @@ class Plan:
             if room is None:
                 kept, n_edges = near.nonzero().squeeze(1), None  # here the host waits, once
             else:
-                kept, n_edges = _first_of(near, room)
+                kept, n_edges = first_of(near, room)
             edge_index, shift = g.edge_index.index_select(1, kept), g.shift.index_select(0, kept)
             if n_edges is not None:  # spare ones come last, however edges are sorted
                 spare = torch.arange(len(kept), device=kept.device) >= n_edges
@@ -212,36 +182,8 @@ class Plan:
         return everything
 
 
-def _first_of(wanted: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """Return the first places where a ``[n]`` bool holds, ``[min(room, n)]``, and how many hold in all.
-
-    Where fewer hold, the last ones are arbitrary. The host does not wait.
-    """
-    n = len(wanted)
-    room = min(room, n)
-    count = wanted.cumsum(0)
-    slot = torch.where(wanted, count - 1, room).clamp(max=room)
-    found = count.new_zeros(room + 1).scatter(0, slot, torch.arange(n, device=wanted.device))
-    return found[:room], wanted.sum()
-
-
 #: The tensors of `Cuts`.
 _CUTS = ("root", "column", "threshold", "child")
-
-
-class _Options(NamedTuple):
-    r_cut: float
-    skin: float
-    near: float | None
-    partition: str
-    max_neighbors: int | None
-    backend: str
-    dataset: Tensor
-    headroom: float
-
-    @property
-    def reach(self) -> float:
-        return self.r_cut + self.skin
 
 
 def share_of(batch: AtomBatch, ranks: Ranks) -> tuple[AtomBatch, Tensor]:
@@ -327,39 +269,69 @@ def build_plan(
     check_each_once(held.id, ranks)
     if dataset is None:
         dataset = torch.zeros(len(piece.cell), dtype=torch.int64, device=ids.device)
-    options = _Options(r_cut, skin, near, partition, max_neighbors, backend, dataset, headroom)
+    options = Options(r_cut, skin, near, partition, max_neighbors, backend, dataset, headroom)
     if saved is not None:
         return _restored(held, replace(piece, cell=saved["cell"]), ranks, options, saved)
     return _build(held, piece, ranks, options)
 
 
-def _build(held: Held, batch: AtomBatch, ranks: Ranks, options: _Options) -> Plan:
+def _build(held: Held, batch: AtomBatch, ranks: Ranks, options: Options) -> Plan:
     held, cuts = _partition(held, batch, ranks, options)
-    return _with_room(_link(held, batch, cuts, ranks, options), None)
+    return _planned(held, batch, cuts, ranks, options, link(held, batch, ranks, options))
 
 
-def _restored(
-    held: Held, batch: AtomBatch, ranks: Ranks, options: _Options, saved: dict[str, Tensor]
+def _planned(
+    held: Held,
+    batch: AtomBatch,
+    cuts: Cuts,
+    ranks: Ranks,
+    options: Options,
+    share: Share,
+    room: Room | None = None,
 ) -> Plan:
+    """Return the plan of a share, with the room that there was before, or more."""
+    graph, gp, ids, load = with_room(share, options.headroom, room)
+    return Plan(
+        graph=graph,
+        gp=gp,
+        ids=ids,
+        positions=held.positions,
+        carried=held.carried,
+        cuts=cuts,
+        r_cut=options.r_cut,
+        skin=options.skin,
+        ranks=ranks,
+        _batch=batch,
+        _options=options,
+        _load=load,
+    )
+
+
+def _restored(held: Held, batch: AtomBatch, ranks: Ranks, options: Options, saved: dict[str, Tensor]) -> Plan:
     """Link the atoms of a plan where they were when it was built."""
     kind, depth = saved["cuts.kind"].tolist()
     cuts = Cuts(keys=list(KEYS)[kind], depth=depth, **{name: saved[f"cuts.{name}"] for name in _CUTS})
     edges, *rows = saved["room"].tolist()
-    room = _Room(edges, rows[: len(rows) // 2], rows[len(rows) // 2 :])
-    plan = _link(held, batch, cuts, ranks, options)
-    return _with_room(replace(plan, _load=saved["load"]), room)
+    room = Room(edges, rows[: len(rows) // 2], rows[len(rows) // 2 :])
+    share = link(held, batch, ranks, options)._replace(load=saved["load"])
+    return _planned(held, batch, cuts, ranks, options, share, room)
 
 
-def _partition(held: Held, batch: AtomBatch, ranks: Ranks, options: _Options) -> tuple[Held, Cuts]:
+def _partition(held: Held, batch: AtomBatch, ranks: Ranks, options: Options) -> tuple[Held, Cuts]:
     """Partition twice, by number of atoms to see the edges and then by edges; return the owned atoms."""
     sites = _sites(held, batch, ranks, torch.ones_like(held.id))
     first = morton(sites, ranks.size, options.reach, ranks)
     held = _migrate(held, sites, first, ranks)
-    draft = _link(held, batch, first, ranks, options)
+    draft = link(held, batch, ranks, options)
     edges = torch.bincount(draft.graph.edge_index[1], minlength=len(held.id))
     sites = _sites(held, batch, ranks, edges + 1)
     cuts = choose(
-        options.partition, sites, ranks.size, options.reach, ranks, lambda owner: _count_ghosts(draft, owner)
+        options.partition,
+        sites,
+        ranks.size,
+        options.reach,
+        ranks,
+        lambda owner: _count_ghosts(draft, owner, ranks),
     )
     return _migrate(held, sites, cuts, ranks), cuts
 
@@ -380,227 +352,10 @@ def _migrate(held: Held, sites: Sites, cuts: Cuts, ranks: Ranks) -> Held:
     return arrived.select(order)
 
 
-def _link(held: Held, batch: AtomBatch, cuts: Cuts, ranks: Ranks, options: _Options) -> Plan:
-    """Find the halo, the edges and the ghosts of the atoms a rank owns."""
-    n_owned = len(held.id)
-    box = find_box(held.positions, held.system, batch.cell, batch.pbc, ranks)
-    u = box.coordinates(held.positions, held.system)
-    row, receiver = halo_receivers(u, held.system, box, options.reach, ranks)
-    whole = torch.stack((held.id, held.numbers, held.system), 1)[row]
-    (whole, row, positions), counts = ranks.send_rows((whole, row, held.positions[row]), receiver)
-    owner = torch.repeat_interleave(counts)
-
-    with ranks.together("listing its neighbours"):
-        ids, numbers, system = (
-            torch.cat((mine, other)) for mine, other in zip(held.columns[:3], whole.unbind(1), strict=True)
-        )
-        positions = torch.cat((held.positions, positions))
-        source, target, shift = _edges(n_owned, numbers, system, positions, batch, options)
-
-    # Ghosts are the halo atoms that an edge starts from, ordered by owner; those near come before the others.
-    kind = torch.zeros(len(ids), dtype=torch.int8, device=ids.device)
-    kind[source] = 1
-    if options.near is not None:
-        distance = pair_distances(positions, batch.cell, system, target, source, shift)
-        kind[source[distance < options.near + options.skin]] = 2
-    kind[:n_owned] = 0
-    parts = [(kind == k).nonzero()[:, 0] for k in (2, 1)]
-    ghosts = torch.cat(parts)
-    new_row = torch.arange(len(ids), device=ids.device)
-    new_row[ghosts] = n_owned + torch.arange(len(ghosts), device=ids.device)
-    gp = _context(n_owned, ghosts - n_owned, row, owner, ranks)
-    if options.near is not None:
-        gp = replace(gp, near=_context(n_owned, parts[0] - n_owned, row, owner, ranks))
-
-    kept = torch.cat((torch.arange(n_owned, device=ids.device), ghosts))
-    n_systems = len(batch.cell)
-    graph = AtomGraph(
-        numbers=numbers[kept],
-        system=system[kept],
-        edge_index=torch.stack((new_row[source], target)),
-        shift=shift,
-        cell=batch.cell,
-        n_atoms=ranks.sum(torch.bincount(held.system, minlength=n_systems)),
-        charge=batch.charge,
-        spin=batch.spin,
-        dataset=options.dataset,
-    )
-    check_share(graph, gp, ids[kept], ranks, symmetric=options.max_neighbors is None)
-    return Plan(
-        graph=graph,
-        gp=gp,
-        ids=ids[kept],
-        positions=held.positions,
-        carried=held.carried,
-        cuts=cuts,
-        r_cut=options.r_cut,
-        skin=options.skin,
-        ranks=ranks,
-        _batch=batch,
-        _options=options,
-        _load=ranks.max(torch.tensor([len(ghosts), len(source)], device=ids.device)),
-    )
-
-
-def _context(n_owned: int, halo: Tensor, row: Tensor, owner: Tensor, ranks: Ranks) -> GPContext:
-    """Tell the owners of some halo atoms to send their rows from now on.
-
-    Args:
-        n_owned: atoms of this rank.
-        halo: ``[n_ghost]`` which atoms of the halo, in the order that their rows shall have.
-        row: ``[H]`` row of every halo atom at its owner.
-        owner: ``[H]`` its owner.
-        ranks: who shares the systems.
-    """
-    if ranks.group is None:
-        return GPContext.single(n_owned)
-    (send_idx,), send_counts = ranks.send_rows((row[halo],), owner[halo])
-    order = torch.argsort(owner[halo], stable=True)  # in which they arrive
-    in_order = torch.equal(order, torch.arange(len(order), device=order.device))
-    return GPContext(
-        n_owned=n_owned,
-        n_ghost=len(halo),
-        send_idx=send_idx,
-        send_splits=tuple(send_counts.tolist()),
-        recv_splits=tuple(torch.bincount(owner[halo], minlength=ranks.size).tolist()),
-        group=ranks.group,
-        recv_idx=None if in_order else order,
-    )
-
-
-def _edges(
-    n_owned: int, numbers: Tensor, system: Tensor, positions: Tensor, batch: AtomBatch, options: _Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return source, target and shift of the edges among owned and halo atoms that end on owned ones."""
-    if not n_owned:
-        none = system.new_empty(0)
-        return none, none, none.new_empty(0, 3)
-    order = torch.argsort(system, stable=True)
-    local = replace(
-        batch,
-        positions=positions[order],
-        numbers=numbers[order],
-        system=system[order],
-        forces=torch.full_like(positions, torch.nan),
-    )
-    found = neighbor_list(
-        local,
-        options.reach,
-        backend=options.backend,
-        max_neighbors=options.max_neighbors,
-        targets=order < n_owned,
-    )
-    source, target = order[found.edge_index]
-    return source, target, found.shift
-
-
-class _Room(NamedTuple):
-    """How many edges fit into a plan, and how many rows from and to each rank (see `_sections`)."""
-
-    edges: int
-    received: list[int]
-    sent: list[int]
-
-
-def _room_of(plan: Plan) -> _Room:
-    return _Room(plan.graph.edge_index.shape[1], *_sections(plan.gp))
-
-
-def _with_room(plan: Plan, before: _Room | None) -> Plan:
-    """Add spare ghosts and edges: as many as there was room for before, more where that is too little.
-
-    Sender and receiver know how many rows there are and how much room there was, so both find the same new
-    room without a word. Spare ghosts are copies of their owner's first atom, and no edge starts from them.
-    """
-    gp, graph, headroom = plan.gp, plan.graph, plan._options.headroom
-    if not headroom:
-        return plan
-    n_edges, device = graph.edge_index.shape[1], plan.ids.device
-    edges = _room([n_edges], [before.edges] if before else [], headroom)
-    received, sent = _sections(gp)
-    recv = _room(received, before.received if before else [], headroom)
-    send = _room(sent, before.sent if before else [], headroom)
-    row = torch.cat((torch.arange(gp.n_owned, device=device), gp.n_owned + _slots(received, recv, device)))
-
-    def spread(column: Tensor, spare: Tensor | int) -> Tensor:
-        wide = column.new_empty(gp.n_owned + sum(recv))
-        wide[:] = spare
-        wide[row] = column
-        return wide
-
-    spare = edges[0] - n_edges
-    edge_index = torch.stack((row[graph.edge_index[0]], graph.edge_index[1]))
-    graph = replace(
-        graph,
-        numbers=spread(graph.numbers, graph.numbers[:1]),
-        system=spread(graph.system, graph.system[:1]),
-        edge_index=pad(edge_index, (0, spare), value=gp.n_owned - 1),
-        shift=pad(graph.shift, (0, 0, 0, spare)),
-        n_edges=torch.tensor(n_edges, device=device),
-    )
-    ids = spread(plan.ids, -1)
-    return replace(plan, graph=graph, gp=_roomy_context(gp, sent, send, recv), ids=ids)
-
-
-def _sections(gp: GPContext) -> tuple[list[int], list[int]]:
-    """Return how many rows come from and go to each rank: first the near ones of all, then the rest."""
-    near = gp if gp.near is None else gp.near
-    sections = []
-    for all_of_them, first in ((gp.recv_splits, near.recv_splits), (gp.send_splits, near.send_splits)):
-        sections.append([*first, *(n - k for n, k in zip(all_of_them, first, strict=True))])
-    return sections[0], sections[1]
-
-
-def _roomy_context(gp: GPContext, sent: list[int], send: list[int], recv: list[int]) -> GPContext:
-    """Return a context whose sections (see `_sections`) have the given room."""
-    if gp.send_idx is None:
-        return gp
-    device, size = gp.send_idx.device, len(gp.recv_splits)
-    # On the wire, a rank's near rows come before its others.
-    on_wire = [section for rank in range(size) for section in (rank, size + rank)]
-
-    def roomy(context: GPContext, sections: list[int]) -> GPContext:
-        assert context.send_idx is not None
-        there, room = [sent[i] for i in sections], [send[i] for i in sections]
-        send_idx = context.send_idx.new_zeros(sum(room))
-        send_idx[_slots(there, room, device)] = context.send_idx
-        return replace(
-            context,
-            n_ghost=sum(recv[i] for i in sections),
-            send_idx=send_idx,
-            send_splits=tuple(sum(send[i] for i in sections if i % size == rank) for rank in range(size)),
-            recv_splits=tuple(sum(recv[i] for i in sections if i % size == rank) for rank in range(size)),
-        )
-
-    wide = roomy(gp, on_wire)
-    if gp.near is None:
-        return wide
-    room = torch.tensor(recv, device=device)
-    start = room.cumsum(0) - room
-    return replace(
-        wide,
-        recv_idx=expand_ranges(start[on_wire], room[on_wire])[1],
-        near=roomy(gp.near, list(range(size))),
-    )
-
-
-def _room(counts: Sequence[int], before: Sequence[int], headroom: float) -> list[int]:
-    """Return room for ``counts`` rows: what there was before if that is enough."""
-    there = before or [0] * len(counts)
-    return [b if n <= b else ceil(n * (1 + headroom)) for n, b in zip(counts, there, strict=True)]
-
-
-def _slots(counts: Sequence[int], room: Sequence[int], device: torch.device) -> Tensor:
-    """Return where rows that lay close together come to lie when every part gets its room."""
-    n, wide = (torch.tensor(x, dtype=torch.int64, device=device) for x in (counts, room))
-    return expand_ranges(wide.cumsum(0) - wide, n)[1]
-
-
-def _count_ghosts(plan: Plan, owner: Tensor) -> Tensor:
-    """Return ``[P]``, the ghosts each rank would have if ``owner`` ``[n_owned]`` owned a plan's atoms.
+def _count_ghosts(share: Share, owner: Tensor, ranks: Ranks) -> Tensor:
+    """Return ``[P]``, the ghosts each rank would have if ``owner`` ``[n_owned]`` owned the atoms of a share.
 
     Edges come in both directions: the ranks that need a copy of an atom own the sources of its own edges.
     """
-    size = plan.ranks.size
-    _, needer = copies(plan.graph.edge_index, plan.gp.exchange(owner), size)
-    return plan.ranks.sum(torch.bincount(needer, minlength=size))
+    _, needer = copies(share.graph.edge_index, share.gp.exchange(owner), ranks.size)
+    return ranks.sum(torch.bincount(needer, minlength=ranks.size))

@@ -18,18 +18,23 @@ def base_systems():
     z = np.load(os.path.join(GOLDEN, BASE_FILE))
     out = {}
     for name in ["ag16_pbc", "nacl2_triclinic", "mol_charged", "slab_mixedpbc", "isolated_noedge"]:
-        p = f"sys/{name}/"
-        q, s = (int(v) for v in z[p + "charge_spin"])
-        out[name] = {
-            "positions": z[p + "positions"],
-            "atomic_numbers": z[p + "atomic_numbers"],
-            "cell": z[p + "cell"],
-            "pbc": z[p + "pbc"],
-            "charge": q,
-            "spin": s,
-            "dataset": str(z[p + "dataset"]),
-        }
+        out[name] = stored_system(z, name)
     return out
+
+
+def stored_system(z, name):
+    """One system of a reference file, as in `base_systems`."""
+    p = f"sys/{name}/"
+    q, s = (int(v) for v in z[p + "charge_spin"])
+    return {
+        "positions": z[p + "positions"],
+        "atomic_numbers": z[p + "atomic_numbers"],
+        "cell": z[p + "cell"],
+        "pbc": z[p + "pbc"],
+        "charge": q,
+        "spin": s,
+        "dataset": str(z[p + "dataset"]),
+    }
 
 
 BATCH = ["ag16_pbc", "nacl2_triclinic", "mol_charged", "slab_mixedpbc"]

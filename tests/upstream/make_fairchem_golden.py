@@ -32,7 +32,7 @@ from fairchem.core.modules.normalization.normalizer import Normalizer
 from fairchem_cases import CASES
 from fairchem_model import BB, ROLL_SPHERE, build, evaluate, finite_difference, randomise
 from fairchem_options import accept
-from fairchem_systems import BATCH, GOLDEN, base_systems, make_data
+from fairchem_systems import BATCH, GOLDEN, base_systems, make_data, stored_system
 
 
 def save_npz(path, arrays):
@@ -196,16 +196,7 @@ def check(path):
 
     for n in names:
         p = f"sys/{n}/"
-        q, s = (int(v) for v in z[p + "charge_spin"])
-        systems[n] = {
-            "positions": z[p + "positions"],
-            "atomic_numbers": z[p + "atomic_numbers"],
-            "cell": z[p + "cell"],
-            "pbc": z[p + "pbc"],
-            "charge": q,
-            "spin": s,
-            "dataset": str(z[p + "dataset"]),
-        }
+        systems[n] = stored_system(z, n)
         compare(evaluate(model, heads, [systems[n]], fixed)[0], p + "out/")
     if "batch/order" in z.files:
         compare(evaluate(model, heads, [systems[str(n)] for n in z["batch/order"]], fixed)[0], "batch/out/")
