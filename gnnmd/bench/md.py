@@ -150,7 +150,7 @@ def measure(share: RankPotential, n_atoms: int, options: dict[str, Any]) -> dict
         "tf32": share.settings.tf32,
         "edge_chunk": options["edge_chunk"],
         "skin": plan.skin,
-        "evaluation": engine.evaluation,
+        "evaluation": engine.evaluation.how,
         **dict(zip(("max_owned", "max_ghosts", "max_edges"), ranks.max(counts).tolist(), strict=True)),
         "step": step,
         "katom_step_per_s": len(atoms) / step,

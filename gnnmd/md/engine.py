@@ -9,8 +9,7 @@ repeated with closer readings. So no step ever stands whose edges may have been 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +17,9 @@ from torch import Tensor
 
 from gnnmd.graph import AtomBatch
 from gnnmd.graph.geometry import edge_vectors
-from gnnmd.graph.graph import AtomGraph
+from gnnmd.md.evaluation import Evaluation
 from gnnmd.md.state import State
-from gnnmd.models.potential import Prediction
 from gnnmd.parallel import Plan, RankFailure, build_plan
-from gnnmd.predict.capture import CapturedPotential
 from gnnmd.predict.evaluation import RankPotential, own_arithmetic
 from gnnmd.units import BOLTZMANN, FEMTOSECOND
 
@@ -35,14 +32,7 @@ CLOSEST = 0.01
 
 #: What to do about a simulation that has lost its meaning.
 _REMEDY = "Atoms that are too close at the start need `FIRE` first; else try a shorter time step"
-#: How the potential is evaluated: "compact" leaves out the edges in the skin at every step, for which the
-#: host waits for the device unless spare edges cost nothing; "standing" takes all edges of the plan, so that
-#: shapes stay between rebuilds; "captured" is one of these as a CUDA graph, captured anew after a rebuild,
-#: which spares the host thousands of launches.
-EVALUATIONS = ("compact", "standing", "captured")
-#: Room for more edges within the cutoff than there were at the last reading: one in so many, and so many.
-SPARE, FEWEST_SPARE = 50, 64
-#: What counts as a used-up skin where that did not suffice.
+#: What counts as a used-up skin where a list had too little room.
 TOO_MANY = 2.0
 #: Per-atom columns of a `State` that every plan carries.
 _OWN = ("velocities", "masses", "mobile")
@@ -106,19 +96,18 @@ class Engine:
         seed: of all random numbers.
         partition: see `build_plan`.
         headroom: see `build_plan`.
-        evaluation: one of `EVALUATIONS`; None takes "captured" for small systems on one GPU if the model can
-            be captured, else "compact".
+        evaluation: see `Evaluation`.
         limits: what stops the simulation.
         wish: returns a positive number to ask all ranks for attention (the signal that has come).
         saved: the plan of a restart, see `build_plan`.
 
     Attributes:
         plan: who owns what, and the edges.
+        evaluation: how the potential is evaluated with it.
         system: periodicity, charge, spin and dataset; its atoms are those that this rank held at first.
         n_atoms: of all ranks.
         n_mobile: those that are not held fixed.
         wants_stress: whether evaluations compute the stress, asked or not.
-        has_room: whether "compact" lists keep room for more edges, so that the host need not know how many.
         was_read: whether the last evaluation was one that looked at the device.
         wished: the largest wish of all ranks at the last reading.
         own_pace: seconds per step on this rank; set by the loop.
@@ -179,15 +168,8 @@ class Engine:
         self.counters.skin = self.plan.skin
         self.n_atoms = int(self.plan.graph.n_atoms.sum())
         self.n_mobile = round(float(self.total(self.plan.carried[_OWN.index("mobile")][:, 0])))
-        self.evaluation = evaluation or self._best_evaluation(evaluator)
-        if self.evaluation not in EVALUATIONS:
-            raise ValueError(f"evaluation={evaluation!r} is not one of {', '.join(EVALUATIONS)}")
-        self._captured = CapturedPotential(self.potential, self.plan.skin)
-        backbone = self.potential.backbone  # pieces of the edges are cut where the host says
-        plain = backbone.edge_chunk is None and not evaluator.settings.compile
-        self.has_room = evaluator.device.type == "cuda" and backbone.spares_are_free and plain
-        self._room: int | None = None
-        self._settings, self.system = evaluator.settings, piece
+        self.evaluation = Evaluation(evaluator, self.n_atoms, self.plan.skin, evaluation)
+        self._tf32, self.system = evaluator.settings.tf32, piece
         self._dt, self._changes_cell = timestep * FEMTOSECOND, changes_cell
         self._wish = wish
         self._limits, self.first_energy = limits or Limits(), math.nan
@@ -278,75 +260,19 @@ class Engine:
         self.counters.repeated += 1
         self._watch_until = until
         self._unread, self._every = 0, 1
-        self._worst, self._room = torch.zeros_like(self._worst), None
+        self._worst = torch.zeros_like(self._worst)
+        self.evaluation.forget()
 
     def call(self, s: State, *, stress: bool = False) -> None:
         """Evaluate the potential with the plan as it is. Collective."""
         self.counters.evaluations += 1
-        cell = s.cell[None]
-        with own_arithmetic(s.positions.device, self._settings.tf32):
-            p = self._predicted(s, cell, stress=stress)
+        with own_arithmetic(s.positions.device, self._tf32):
+            p = self.evaluation(self.plan, s.positions, s.cell[None], stress=stress, exact=self.was_read)
+        if self.evaluation.lacked is not None:
+            self._worst = torch.maximum(self._worst, TOO_MANY * self.evaluation.lacked)
         s.energy, s.forces = p.energy[0], p.forces
         if stress and p.stress is not None:
             s.stress = p.stress[0]
-
-    def _predicted(self, s: State, cell: Tensor, *, stress: bool) -> Prediction:
-        plan = self.plan
-        if self.evaluation == "compact":
-            return self.potential(s.positions, self._compact(s, cell), plan.gp, stress=stress)
-        graph = replace(plan.graph, cell=cell)
-        if self.evaluation == "standing":
-            return self.potential(s.positions, graph, plan.gp, stress=stress)
-        if self.spared:
-            return self._replayed(s, graph)
-        self._captured.skin = plan.skin
-        # Always with the stress: one capture serves all steps.
-        return self._captured(s.positions, graph, plan.gp, listed_at=plan.positions)
-
-    def _replayed(self, s: State, graph: AtomGraph) -> Prediction:
-        """Return the prediction for the edges within the cutoff, which are chosen in the CUDA graph too.
-
-        There is one rank: it may compute again what had too little room.
-        """
-        if self._room is None:
-            self._room = _with_spares(self.plan.within_cutoff(s.positions, graph.cell))
-        shorten = partial(self.plan.within_cutoff, room=self._room)
-        p = self._captured(s.positions, graph, self.plan.gp, shorten=shorten, room=self._room)
-        n_edges = self._captured.n_edges
-        assert n_edges is not None
-        if not self.was_read:
-            self._worst = torch.maximum(self._worst, TOO_MANY * (n_edges > self._room))
-        elif n_edges > self._room:  # here the host waits
-            self._room = None
-            graph = self.plan.within_cutoff(s.positions, graph.cell)
-            return self.potential(s.positions, graph, self.plan.gp)
-        return p
-
-    def _compact(self, s: State, cell: Tensor) -> AtomGraph:
-        """Return the plan's graph without the edges in the skin.
-
-        Their number is asked for at readings. Until the next one the host does not wait: there is some more
-        room, and had there been too little, the steps since are repeated.
-        """
-        room = None if self.was_read else self._room
-        graph = self.plan.within_cutoff(s.positions, cell, room)
-        if room is not None and graph.n_edges is not None:
-            self._worst = torch.maximum(self._worst, TOO_MANY * (graph.n_edges > room))
-        elif self.has_room:
-            self._room = _with_spares(graph)
-        return graph
-
-    @property
-    def spared(self) -> bool:
-        """Whether the network does not see the edges in the skin."""
-        return self.evaluation == "compact" or (
-            self.evaluation == "captured" and self.has_room and self.ranks.size == 1
-        )
-
-    def _best_evaluation(self, evaluator: RankPotential) -> str:
-        alone = evaluator.device.type == "cuda" and self.ranks.size == 1 and self.plan.skin > 0
-        small = self.n_atoms <= self.potential.backbone.largest_captured
-        return "captured" if alone and small and not evaluator.settings.compile else "compact"
 
     def _moved(self, s: State) -> tuple[Tensor, Tensor]:
         """Return how far atoms of this rank have moved, ``[n, 3]``, and how far they may, Angstrom.
@@ -403,7 +329,6 @@ class Engine:
         if self.tunes:
             self.travel.append((self._stood, now * self.plan.skin / 2))
         if now > 1 or self.next_skin is not None:
-            self._room = None
             self._rebuild(s)
             parts = parts[LONGEST:]
         due = next((n for n, part in enumerate(parts[:LONGEST], 1) if part > MARGIN), LONGEST)
@@ -498,6 +423,7 @@ class Engine:
                 f"at step {s.step} there are {n_atoms} atoms of {self.n_atoms}: {self._lost(s, plan)}"
             )
         self.plan = plan
+        self.evaluation.forget()
         self.counters.rebuilds += 1
         self.counters.skin = plan.skin
         self.next_skin, self._stood = None, 0
@@ -521,12 +447,6 @@ class Engine:
         own = dict(zip(_OWN, carried, strict=False))
         columns = dict(zip(self._columns, carried[len(_OWN) :], strict=True))
         return {**own, "ids": self.plan.ids[:n], "numbers": self.plan.graph.numbers[:n], "columns": columns}
-
-
-def _with_spares(g: AtomGraph) -> int:
-    """Return room for the edges of a graph and some more."""
-    n_edges = g.edge_index.shape[1]
-    return n_edges + n_edges // SPARE + FEWEST_SPARE
 
 
 def _longest(vectors: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Simulation:
             first steps. Results are the same to rounding; to the last bit they repeat only with a number.
         limits: what stops the run; None are generous ones (of a minimisation: none).
         partition: how atoms are divided over ranks, see `build_plan`.
-        evaluation: "compact", "standing" or "captured", see `gnnmd.md.engine.EVALUATIONS`; None chooses.
+        evaluation: "compact", "standing" or "captured", see `gnnmd.md.evaluation.EVALUATIONS`; None chooses.
         restart: folder in which restarts are written, every so many steps and at the end of every run, from
             which `resume` goes on. All ranks must see it.
         restart_interval: steps between two restarts.

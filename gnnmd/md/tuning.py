@@ -47,7 +47,7 @@ def cheapest_skin(engine: Engine, s: State) -> float:
         return ((plan.r_cut + skin) / (plan.r_cut + plan.skin)) ** 3
 
     def cost(skin: float) -> float:
-        step = calling if engine.spared else calling * edges(skin)
+        step = calling if engine.evaluation.spared else calling * edges(skin)
         return step + rebuilding * edges(skin) / _interval(engine.travel, skin)
 
     return min(SKINS, key=cost)

@@ -2,19 +2,28 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from gnnmd.graph.graph import AtomGraph
 from gnnmd.models.potential import Potential, Prediction
-from gnnmd.parallel import GPContext
+from gnnmd.parallel import GPContext, Ranks
 
 #: Makes a graph of fewer edges from positions and cell, without waiting for the device.
 Shorten = Callable[[Tensor, Tensor], AtomGraph]
 
-#: Calls before the first capture: they compile kernels and create the handles of libraries.
+#: Calls before the first capture: they compile kernels, create the handles of libraries and connect GPUs.
 WARM_UP = 2
+
+_all: "WeakSet[CapturedPotential]" = WeakSet()
+
+
+def release_captures() -> None:
+    """Give up all captures of this process: NCCL does not end a group while a CUDA graph may still use it."""
+    for captured in _all:
+        captured.release()
 
 
 class CapturedPotential:
@@ -23,12 +32,14 @@ class CapturedPotential:
     A replay costs one launch in place of some thousand. It computes the same kernels on the same memory, so
     that its results are those of a call. The memory of one evaluation stays reserved until the next capture.
 
-    Only the positions and the cell may change between calls with the same ``edge_index``. Not captured, but
-    simply called: other devices than GPUs, several ranks, models in training mode and those of which
-    `Backbone.links` has nothing.
+    Only the positions and the cell may change between calls with the same ``edge_index``, which is another
+    object for another list, on all ranks. The exchange between GPUs is captured too. Not captured, but
+    simply called: other devices than GPUs, models in training mode and those of which `Backbone.links` has
+    nothing.
 
     Args:
         potential: in evaluation mode, frozen.
+        ranks: who evaluates it; None is this process alone.
         skin: no two atoms come closer by more than this while a list is used, Angstrom.
 
     Attributes:
@@ -36,11 +47,12 @@ class CapturedPotential:
         n_edges: scalar int64, how many edges the last call should have had; None = all of its graph.
     """
 
-    def __init__(self, potential: Potential, skin: float = 0.0):
-        self.potential, self.skin = potential, skin
+    def __init__(self, potential: Potential, ranks: Ranks | None = None, skin: float = 0.0):
+        self.potential, self.ranks, self.skin = potential, ranks or Ranks(), skin
         self.n_captures = 0
         self.n_edges: Tensor | None = None
         self._capture: _Capture | None = None
+        _all.add(self)
 
     def __call__(
         self,
@@ -51,9 +63,8 @@ class CapturedPotential:
         stress: bool = True,
         listed_at: Tensor | None = None,
         shorten: Shorten | None = None,
-        room: int | None = None,
     ) -> Prediction:
-        """Return energy, forces and stress; see `Potential.forward`.
+        """Return energy, forces and stress; see `Potential.forward`. Collective.
 
         Args:
             pos: ``[n_owned, 3]`` Angstrom.
@@ -62,27 +73,35 @@ class CapturedPotential:
             stress: whether to compute the stress.
             listed_at: positions for which the neighbour list was made; None are ``pos`` of the first call.
             shorten: what makes a graph of fewer edges from positions and cell, which is then evaluated; it
-                becomes part of the capture.
-            room: how many edges there are then, spare ones included.
+                becomes part of the capture. Another object is captured anew.
+
+        Raises:
+            RankFailure: a rank could not capture it.
         """
         standing = self._capture
-        if standing is None or not standing.fits(g, gp, stress, room):
+        if standing is None or not standing.fits(g, gp, stress, shorten):
             self._capture = standing = None  # its memory is needed
             linked = self._linked(pos if listed_at is None else listed_at, g, gp)
             if linked.links is None:
                 shorter = g if shorten is None else shorten(pos, g.cell)
                 self.n_edges = shorter.n_edges
                 return self.potential(pos, shorter, gp, stress=stress)
-            warm_up = 0 if self.n_captures else WARM_UP
-            self._capture = standing = _Capture(
-                self.potential, pos, linked, gp, stress, warm_up, shorten, room
-            )
+            standing = _Capture(self.potential, pos, linked, gp, stress, shorten)
+            if not self.n_captures:
+                standing.warm_up()
+            with self.ranks.together("capturing a CUDA graph"):
+                standing.capture()
+            self._capture = standing
             self.n_captures += 1
         self.n_edges = standing.n_edges
         return standing.replay(pos, g.cell)
 
+    def release(self) -> None:
+        """Give up the capture; the next call makes another one."""
+        self._capture = None
+
     def _linked(self, pos: Tensor, g: AtomGraph, gp: GPContext) -> AtomGraph:
-        if pos.device.type != "cuda" or gp.group is not None or self.potential.training:
+        if pos.device.type != "cuda" or self.potential.training:
             return replace(g, links=None)
         return self.potential.linked(pos.detach(), g, gp, skin=self.skin)
 
@@ -97,38 +116,43 @@ class _Capture:
         g: AtomGraph,
         gp: GPContext,
         stress: bool,
-        warm_up: int,
         shorten: Shorten | None,
-        room: int | None,
     ):
-        self._edges, self._how = g.edge_index, (gp.n_owned, stress, room)
+        self._edges, self._how = g.edge_index, (gp.n_owned, stress, shorten)
         self._pos, self._cell = pos.detach().clone(), g.cell.clone()
-        self._g = replace(g, cell=self._cell)
-        self.n_edges = self._g.n_edges
+        self._g, self._gp, self._potential = replace(g, cell=self._cell), gp, potential
+        self.n_edges = g.n_edges
 
-        def call() -> Prediction:
-            g = self._g if shorten is None else shorten(self._pos, self._cell)
-            self.n_edges = g.n_edges
-            return potential(self._pos, g, gp, stress=stress)
+    def _call(self) -> Prediction:
+        _, stress, shorten = self._how
+        g = self._g if shorten is None else shorten(self._pos, self._cell)
+        self.n_edges = g.n_edges
+        return self._potential(self._pos, g, self._gp, stress=stress)
 
-        side = torch.cuda.Stream(pos.device)
-        side.wait_stream(torch.cuda.current_stream(pos.device))
+    def warm_up(self) -> None:
+        """Call what will be captured. Collective."""
+        current, side = torch.cuda.current_stream(self._pos.device), torch.cuda.Stream(self._pos.device)
+        side.wait_stream(current)
         with torch.cuda.stream(side):
-            for _ in range(warm_up):
-                call()
-        torch.cuda.current_stream(pos.device).wait_stream(side)
-        if warm_up:
-            torch.cuda.empty_cache()  # a capture has memory of its own
+            for _ in range(WARM_UP):
+                self._call()
+        current.wait_stream(side)
+        torch.cuda.empty_cache()  # a capture has memory of its own
+
+    def capture(self) -> None:
+        """Capture, computing nothing: no rank waits for another."""
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._result = call()
+            self._result = self._call()
 
-    def fits(self, g: AtomGraph, gp: GPContext, stress: bool, room: int | None) -> bool:
+    def fits(self, g: AtomGraph, gp: GPContext, stress: bool, shorten: Shorten | None) -> bool:
         """Return whether it was captured for these edges; tensors that are equal but others do not count."""
-        return g.edge_index is self._edges and (gp.n_owned, stress, room) == self._how
+        n_owned, stressed, shortened = self._how
+        same = g.edge_index is self._edges and shorten is shortened
+        return same and (gp.n_owned, stress) == (n_owned, stressed)
 
     def replay(self, pos: Tensor, cell: Tensor) -> Prediction:
-        """Return a copy of the result at these positions and cell."""
+        """Return a copy of the result at these positions and cell. Collective."""
         self._pos.copy_(pos)
         self._cell.copy_(cell)
         self._graph.replay()

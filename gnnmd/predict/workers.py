@@ -9,6 +9,7 @@ import torch
 from gnnmd.graph import AtomBatch
 from gnnmd.models.potential import Potential, Prediction
 from gnnmd.parallel import Ranks, Workers, World
+from gnnmd.predict.capture import release_captures
 from gnnmd.predict.partitioned import INPUT, PartitionedPotential
 from gnnmd.predict.settings import InferenceSettings
 
@@ -71,6 +72,7 @@ def evaluated_by(
             yield together
         finally:
             together.leave()
+            release_captures()
 
 
 def check_alone(n: int | None) -> None:

@@ -16,7 +16,7 @@ def chosen(monkeypatch, *, rebuilding, calling, travel, compact):
         plan=plan,
         ranks=Ranks(),
         call=lambda _: None,
-        spared=compact,
+        evaluation=SimpleNamespace(spared=compact),
         travel=travel,
     )
     s = SimpleNamespace(positions=torch.zeros(1, 3), cell=torch.eye(3))

@@ -59,7 +59,7 @@ def steps(batch: AtomBatch, n: int) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("model", MODELS)
 def test_one_capture_serves_a_neighbour_list(model):
     potential, batch = silver("cuda", model)
-    gp, captured = GPContext.single(len(batch.numbers)), CapturedPotential(potential, SKIN)
+    gp, captured = GPContext.single(len(batch.numbers)), CapturedPotential(potential, skin=SKIN)
     wide = neighbor_list(batch, potential.r_cut + SKIN)
     graph = potential.graph(batch, replace(wide, r_cut=potential.r_cut))
     with own_arithmetic(batch.positions.device, tf32=False):
@@ -78,7 +78,7 @@ def test_one_capture_serves_a_neighbour_list(model):
 
 def test_without_a_gpu_it_is_a_call():
     potential, batch = silver("cpu")
-    gp, captured = GPContext.single(len(batch.numbers)), CapturedPotential(potential, SKIN)
+    gp, captured = GPContext.single(len(batch.numbers)), CapturedPotential(potential, skin=SKIN)
     graph = potential.graph(batch)
     assert_same(captured(batch.positions, graph, gp), potential(batch.positions, graph, gp))
     assert captured.n_captures == 0
@@ -112,12 +112,12 @@ def test_edges_within_the_cutoff_are_chosen_in_the_capture(device):
     potential, batch = silver(device, "escn_md")
     ids = torch.arange(len(batch.numbers), device=device)
     plan = build_plan(batch, ids, potential.r_cut, Ranks(), skin=SKIN)
-    room, captured = plan.graph.edge_index.shape[1] - 10, CapturedPotential(potential, SKIN)
+    room, captured = plan.graph.edge_index.shape[1] - 10, CapturedPotential(potential, skin=SKIN)
     shorten = partial(plan.within_cutoff, room=room)
     with own_arithmetic(batch.positions.device, tf32=False):
         for x, cell in steps(batch, 3):
             graph = replace(plan.graph, cell=cell)
-            found = captured(x[plan.ids], graph, plan.gp, shorten=shorten, room=room)
+            found = captured(x[plan.ids], graph, plan.gp, shorten=shorten)
             expected = potential(x, potential.graph(replace(batch, positions=x, cell=cell)), plan.gp)
             assert captured.n_edges <= room
             assert_close(found.energy, expected.energy, rtol=0, atol=1e-11)

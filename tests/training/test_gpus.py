@@ -15,10 +15,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason="needs two GP
 
 @pytest.mark.parametrize(("gp", "dp"), [(GPUS, 1), (1, GPUS)])
 def test_training_on_gpus_is_that_of_one_cpu_process(config, gp, dp):
-    config.data = replace(config.data, max_frames=2)
+    config.data = replace(config.data, max_frames=GPUS)
     config.trainer = replace(config.trainer, precision="float64")
     expected = train(config)
-    config.data = replace(config.data, max_frames=2 // dp)
+    config.data = replace(config.data, max_frames=GPUS // dp)
     config.trainer = replace(config.trainer, device="cuda")
     found = train(replace(config, parallel=ParallelConfig(gp, dp)))
     assert found.errors.keys() == expected.errors.keys()

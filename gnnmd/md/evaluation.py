@@ -1,0 +1,138 @@
+"""How a step is evaluated: which edges the network sees, and whether a GPU gets it as one CUDA graph."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from gnnmd.graph.graph import AtomGraph
+from gnnmd.models.potential import Prediction
+from gnnmd.parallel import Plan
+from gnnmd.predict.capture import CapturedPotential
+from gnnmd.predict.evaluation import RankPotential
+
+#: "compact" leaves out the edges in the skin at every step, for which the host waits for the device unless
+#: spare edges cost nothing; "standing" takes all edges of the plan, so that shapes stay between rebuilds;
+#: "captured" is one of these as a CUDA graph, captured anew after a rebuild, which spares the host thousands
+#: of launches.
+EVALUATIONS = ("compact", "standing", "captured")
+#: Room for more edges within the cutoff than there were at the last reading: one in so many, and so many.
+SPARE, FEWEST_SPARE = 50, 64
+
+
+class Evaluation:
+    """A potential on the plan of one system, evaluated in the same way step after step.
+
+    Args:
+        evaluator: the potential, its settings and the ranks.
+        n_atoms: of all ranks.
+        skin: of the first plan, Angstrom.
+        how: one of `EVALUATIONS`; None takes "captured" for systems that do not keep the GPUs busy if the
+            model can be captured, else "compact".
+
+    Attributes:
+        how: one of `EVALUATIONS`.
+        has_room: whether lists without the skin have room for more edges, so that the host need not know how
+            many there are.
+        lacked: scalar bool of this rank, whether the last call had too little room: it counts for nothing
+            then. None if it could not.
+    """
+
+    def __init__(self, evaluator: RankPotential, n_atoms: int, skin: float, how: str | None = None):
+        backbone, compiled = evaluator.potential.backbone, evaluator.settings.compile
+        on_gpu = evaluator.device.type == "cuda"
+        if how is None:
+            small = n_atoms <= backbone.largest_captured * evaluator.ranks.size
+            how = "captured" if on_gpu and small and skin > 0 and not compiled else "compact"
+        if how not in EVALUATIONS:
+            raise ValueError(f"evaluation={how!r} is not one of {', '.join(EVALUATIONS)}")
+        self.how = how
+        whole = backbone.edge_chunk is None and not compiled  # pieces are cut where the host says
+        self.has_room = on_gpu and backbone.spares_are_free and whole
+        self.lacked: Tensor | None = None
+        self._potential, self._ranks = evaluator.potential, evaluator.ranks
+        self._captured = CapturedPotential(evaluator.potential, evaluator.ranks)
+        self._shorten: WithinCutoff | None = None
+
+    @property
+    def spared(self) -> bool:
+        """Whether the network does not see the edges in the skin."""
+        return self.how == "compact" or (self.how == "captured" and self.has_room)
+
+    def __call__(
+        self, plan: Plan, positions: Tensor, cell: Tensor, *, stress: bool, exact: bool
+    ) -> Prediction:
+        """Return the prediction of a plan at other positions. Collective.
+
+        Args:
+            plan: valid at these positions.
+            positions: ``[n_owned, 3]`` Angstrom.
+            cell: ``[1, 3, 3]`` Angstrom.
+            stress: whether the stress is needed.
+            exact: compute again what had too little room; the host waits for the device.
+        """
+        self.lacked = None
+        if self.how == "compact":
+            graph = self._compact(plan, positions, cell, exact)
+            return self._potential(positions, graph, plan.gp, stress=stress)
+        graph = replace(plan.graph, cell=cell)
+        if self.how == "standing":
+            return self._potential(positions, graph, plan.gp, stress=stress)
+        self._captured.skin = plan.skin
+        if self.has_room:
+            return self._replayed(plan, positions, graph, exact)
+        # Always with the stress: one capture serves all steps.
+        return self._captured(positions, graph, plan.gp, listed_at=plan.positions)
+
+    def forget(self) -> None:
+        """Give up the room that there is for edges. On all ranks, as after a rebuild."""
+        self._shorten = None
+
+    def _compact(self, plan: Plan, positions: Tensor, cell: Tensor, exact: bool) -> AtomGraph:
+        """Return the plan's graph without the edges in the skin."""
+        if self._shorten is None or exact:
+            graph = plan.within_cutoff(positions, cell)  # here the host waits
+            self._shorten = WithinCutoff.of(plan, graph) if self.has_room else None
+            return graph
+        graph = self._shorten(positions, cell)
+        assert graph.n_edges is not None
+        self.lacked = graph.n_edges > self._shorten.room
+        return graph
+
+    def _replayed(self, plan: Plan, positions: Tensor, graph: AtomGraph, exact: bool) -> Prediction:
+        """Return the prediction for the edges within the cutoff, which are chosen in the CUDA graph too."""
+        if self._shorten is None:
+            self._shorten = WithinCutoff.of(plan, plan.within_cutoff(positions, graph.cell))
+        p = self._captured(positions, graph, plan.gp, shorten=self._shorten)
+        n_edges = self._captured.n_edges
+        assert n_edges is not None
+        lacked = n_edges > self._shorten.room
+        if not exact:
+            self.lacked = lacked
+        elif self._ranks.max(lacked.int()):
+            self.forget()
+            graph = plan.within_cutoff(positions, graph.cell)
+            return self._potential(positions, graph, plan.gp)
+        return p
+
+
+@dataclass(frozen=True, eq=False)
+class WithinCutoff:
+    """Leaves out the edges in the skin of a plan, without waiting for the device.
+
+    Attributes:
+        plan: whose edges.
+        room: for so many.
+    """
+
+    plan: Plan
+    room: int
+
+    @classmethod
+    def of(cls, plan: Plan, graph: AtomGraph) -> "WithinCutoff":
+        """Return one with room for somewhat more edges than there are in a graph."""
+        n_edges = graph.edge_index.shape[1]
+        return cls(plan, n_edges + n_edges // SPARE + FEWEST_SPARE)
+
+    def __call__(self, positions: Tensor, cell: Tensor) -> AtomGraph:
+        """Return the graph at these positions; see `Plan.within_cutoff`. Collective."""
+        return self.plan.within_cutoff(positions, cell, self.room)
