@@ -5,7 +5,7 @@ import torch
 from ase.build import bulk
 from torch.testing import assert_close
 
-from gnnmd.md import Langevin, Simulation
+from gnnmd.md import NVE, Langevin, Simulation
 from gnnmd.models.emt import emt
 from gnnmd.predict import InferenceSettings, PredictUnit
 from tests.parallel.parity import deviations, many_ranks, one_rank
@@ -81,5 +81,21 @@ def test_dynamics_on_gpus_follow_one_cpu_process():
         with PredictUnit(emt(), device=device, settings=settings, workers=workers) as unit:
             simulation = Simulation(atoms, unit, Langevin(timestep=5, temperature=600))
             ends.append(simulation.run(50).atoms.positions)
+    for end in ends[1:]:
+        assert abs(end - ends[0]).max() < 1e-10
+
+
+@pytest.mark.parametrize("make", [conservative, published])
+def test_replayed_steps_follow_launched_ones(make):
+    """On one GPU and on all, with exchanges in the CUDA graph, over rebuilds."""
+    atoms = bulk("Ag", cubic=True) * (6, 3, 3)
+    settings = InferenceSettings(dtype="float64")
+    ends = []
+    for workers, how in ((None, "compact"), (None, "captured"), (GPUS, "compact"), (GPUS, "captured")):
+        with PredictUnit(make(), device="cuda", settings=settings, workers=workers) as unit:
+            options = {"temperature": 900, "skin": 0.4, "evaluation": how}
+            simulation = Simulation(atoms, unit, NVE(timestep=4), **options).run(40)
+            assert simulation.counters.rebuilds > 0
+            ends.append(simulation.atoms.positions)
     for end in ends[1:]:
         assert abs(end - ends[0]).max() < 1e-10
