@@ -261,7 +261,7 @@ class Engine:
         self._watch_until = until
         self._unread, self._every = 0, 1
         self._worst = torch.zeros_like(self._worst)
-        self.evaluation.forget()
+        self.evaluation.begin_anew()
 
     def call(self, s: State, *, stress: bool = False) -> None:
         """Evaluate the potential with the plan as it is. Collective."""
@@ -423,7 +423,7 @@ class Engine:
                 f"at step {s.step} there are {n_atoms} atoms of {self.n_atoms}: {self._lost(s, plan)}"
             )
         self.plan = plan
-        self.evaluation.forget()
+        self.evaluation.begin_anew()
         self.counters.rebuilds += 1
         self.counters.skin = plan.skin
         self.next_skin, self._stood = None, 0

@@ -83,9 +83,10 @@ class Evaluation:
         # Always with the stress: one capture serves all steps.
         return self._captured(positions, graph, plan.gp, listed_at=plan.positions)
 
-    def forget(self) -> None:
-        """Give up the room that there is for edges. On all ranks, as after a rebuild."""
+    def begin_anew(self) -> None:
+        """Give up what serves several steps, the room for edges and the capture; on all ranks."""
         self._shorten = None
+        self._captured.release()
 
     def _compact(self, plan: Plan, positions: Tensor, cell: Tensor, exact: bool) -> AtomGraph:
         """Return the plan's graph without the edges in the skin."""
@@ -109,7 +110,7 @@ class Evaluation:
         if not exact:
             self.lacked = lacked
         elif self._ranks.max(lacked.int()):
-            self.forget()
+            self.begin_anew()
             graph = plan.within_cutoff(positions, graph.cell)
             return self._potential(positions, graph, plan.gp)
         return p

@@ -36,7 +36,8 @@ def cheapest_skin(engine: Engine, s: State) -> float:
 
     def rebuild() -> None:
         plan.rebuild(s.positions, s.cell[None])
-        engine.call(s)  # the first one after a rebuild may do more than those that follow
+        engine.evaluation.begin_anew()
+        engine.call(s)  # may capture, as the first one after a rebuild does
 
     both, calling = seconds(rebuild), seconds(lambda: engine.call(s))
     rebuilding = max(both - calling, 0.0)

@@ -86,6 +86,8 @@ class World:
                     "process per GPU, or use the CPU"
                 )
             torch.cuda.set_device(index)
+            # Registered buffers of captured exchanges hang where torch's segments are expandable.
+            os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         if dist.is_initialized():
             yield Ranks(dist.group.WORLD)
             return

@@ -11,16 +11,20 @@ def chosen(monkeypatch, *, rebuilding, calling, travel, compact):
     """Return the skin for given costs in seconds; a rebuild and a call are timed together."""
     clock = iter([0.0, rebuilding + calling, 0.0, calling])
     monkeypatch.setattr(tuning.time, "perf_counter", lambda: next(clock))
-    plan = SimpleNamespace(r_cut=6.0, skin=1.0, rebuild=lambda *_: None)
+    done = []
+    plan = SimpleNamespace(r_cut=6.0, skin=1.0, rebuild=lambda *_: done.append("rebuild"))
+    evaluation = SimpleNamespace(spared=compact, begin_anew=lambda: done.append("begin anew"))
     engine = SimpleNamespace(
         plan=plan,
         ranks=Ranks(),
-        call=lambda _: None,
-        evaluation=SimpleNamespace(spared=compact),
+        call=lambda _: done.append("call"),
+        evaluation=evaluation,
         travel=travel,
     )
     s = SimpleNamespace(positions=torch.zeros(1, 3), cell=torch.eye(3))
-    return tuning.cheapest_skin(engine, s)
+    skin = tuning.cheapest_skin(engine, s)
+    assert done == ["rebuild", "begin anew", "call", "call"]
+    return skin
 
 
 SOLID = [(steps, 0.05 * steps**0.5) for steps in range(1, 30)]

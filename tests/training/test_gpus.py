@@ -1,12 +1,13 @@
 from dataclasses import replace
 
+import ase.io
 import numpy as np
 import pytest
 import torch
 
 from gnnmd.training.run import train
 from gnnmd.training.settings import ParallelConfig
-from tests.training.conftest import columns
+from tests.training.conftest import columns, crystals
 
 GPUS = torch.cuda.device_count()
 
@@ -14,8 +15,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason="needs two GP
 
 
 @pytest.mark.parametrize(("gp", "dp"), [(GPUS, 1), (1, GPUS)])
-def test_training_on_gpus_is_that_of_one_cpu_process(config, gp, dp):
-    config.data = replace(config.data, max_frames=GPUS)
+def test_training_on_gpus_is_that_of_one_cpu_process(config, gp, dp, tmp_path):
+    ase.io.write(tmp_path / "train.xyz", crystals("Cu", 3 * GPUS))  # three whole batches
+    config.data = replace(config.data, train=str(tmp_path / "train.xyz"), max_frames=GPUS)
     config.trainer = replace(config.trainer, precision="float64")
     expected = train(config)
     config.data = replace(config.data, max_frames=GPUS // dp)
