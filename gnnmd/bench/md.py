@@ -5,6 +5,8 @@ number of ranks and size (per rank with ``--weak``), milliseconds of the slowest
 
     step: wall time of a step, everything included, over ``--steps`` steps after half as many that warm up.
     call: the potential alone, energy and forces, without the edges in the skin.
+    evaluated: what a step takes of it in place of ``call`` and ``compact``, perhaps a replay.
+    first: the same after a rebuild, with the capture.
     compact: leaving these out.
     rebuild: each time it happens; ``rebuilds`` and ``readings`` say how often that was.
     overhead: what a step takes beyond ``call``, in percent.
@@ -141,7 +143,12 @@ def measure(share: RankPotential, n_atoms: int, options: dict[str, Any]) -> dict
         with own_arithmetic(share.device, share.settings.tf32):
             return share.potential(s.positions, graph, plan.gp, stress=False)
 
+    def recapture() -> None:
+        engine.evaluation.begin_anew()
+        engine.call(s)
+
     alone = clock.median(call, 7)
+    evaluated = clock.median(lambda: engine.call(s), 7)
     counts = torch.tensor([plan.gp.n_owned, plan.gp.n_ghost, graph.edge_index.shape[1]], device=share.device)
     return {
         "ranks": ranks.size,
@@ -155,6 +162,8 @@ def measure(share: RankPotential, n_atoms: int, options: dict[str, Any]) -> dict
         "step": step,
         "katom_step_per_s": len(atoms) / step,
         "call": alone,
+        "evaluated": evaluated,
+        "first": clock.median(recapture, 3),
         "compact": clock.median(lambda: plan.within_cutoff(s.positions, cell), 5),
         "rebuild": clock.median(lambda: plan.rebuild(s.positions, cell), 3),
         "overhead": 100 * (step / alone - 1),

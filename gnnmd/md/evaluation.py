@@ -26,10 +26,11 @@ class Evaluation:
         evaluator: the potential, its settings and the ranks.
         n_atoms: of all ranks.
         skin: of the first plan, Angstrom.
-        how: one of `EVALUATIONS`; None takes "captured" for systems that do not keep the GPUs busy if the
+        how: one of `EVALUATIONS`; None takes "captured" for systems that may not keep the GPUs busy if the
             model can be captured, else "compact".
 
     Attributes:
+        choices: what may be the fastest; only ``how`` if it was given.
         how: one of `EVALUATIONS`.
         has_room: whether lists without the skin have room for more edges, so that the host need not know how
             many there are.
@@ -40,12 +41,12 @@ class Evaluation:
     def __init__(self, evaluator: RankPotential, n_atoms: int, skin: float, how: str | None = None):
         backbone, compiled = evaluator.potential.backbone, evaluator.settings.compile
         on_gpu = evaluator.device.type == "cuda"
-        if how is None:
-            small = n_atoms <= backbone.largest_captured * evaluator.ranks.size
-            how = "captured" if on_gpu and small and skin > 0 and not compiled else "compact"
-        if how not in EVALUATIONS:
+        if how not in (None, *EVALUATIONS):
             raise ValueError(f"evaluation={how!r} is not one of {', '.join(EVALUATIONS)}")
-        self.how = how
+        small = n_atoms <= backbone.largest_captured * evaluator.ranks.size
+        may_capture = on_gpu and small and skin > 0 and not compiled
+        self.choices = (how,) if how else ("captured", "compact") if may_capture else ("compact",)
+        self.how = self.choices[0]
         whole = backbone.edge_chunk is None and not compiled  # pieces are cut where the host says
         self.has_room = on_gpu and backbone.spares_are_free and whole
         self.lacked: Tensor | None = None
@@ -82,6 +83,11 @@ class Evaluation:
             return self._replayed(plan, positions, graph, exact)
         # Always with the stress: one capture serves all steps.
         return self._captured(positions, graph, plan.gp, listed_at=plan.positions)
+
+    def switch(self, how: str) -> None:
+        """Evaluate in another way from now on, beginning anew; on all ranks."""
+        self.how = how
+        self.begin_anew()
 
     def begin_anew(self) -> None:
         """Give up what serves several steps, the room for edges and the capture; on all ranks."""

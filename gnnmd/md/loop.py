@@ -20,7 +20,7 @@ from gnnmd.md.integrators import Integrator
 from gnnmd.md.reporters import Reporter, View
 from gnnmd.md.setup import Setup, to_plain
 from gnnmd.md.state import State
-from gnnmd.md.tuning import FIRST_SKIN, WATCHED, cheapest_skin
+from gnnmd.md.tuning import FIRST_SKIN, SKINS, WATCHED, cheapest
 from gnnmd.parallel import RankFailure, share_of
 from gnnmd.predict.evaluation import RankPotential
 
@@ -112,9 +112,12 @@ class Loop:
             wish=signals.asked,
             saved={k: v.to(share.device) for k, v in kept.plan.items()} if kept and stood else None,
         )
-        self.engine.tunes = setup.skin is None and self.engine.plan.skin > 0
+        choices = self.engine.evaluation.choices
+        self.engine.tunes = self.engine.plan.skin > 0 and (setup.skin is None or len(choices) > 1)
         if stood:
             self.engine.tunes, self.engine.next_skin = stood["tunes"], stood["next_skin"]
+            if stood.get("evaluation") in choices:
+                self.engine.evaluation.switch(stood["evaluation"])
         if kept is None:
             self.state = self.engine.begin()
             self.integrator.begin(self.state, self.engine)
@@ -237,7 +240,10 @@ class Loop:
         if engine.was_read:
             self._sound, self._good = self._good, self.state.copy()
         if engine.tunes and self.state.step - self._watched_from >= WATCHED:
-            engine.tunes, engine.next_skin = False, cheapest_skin(engine, self.state)
+            skins = SKINS if self.setup.skin is None else (self.setup.skin,)
+            how, engine.next_skin = cheapest(engine, self.state, skins)
+            engine.evaluation.switch(how)
+            engine.tunes = False
         taken = time.perf_counter() - begun
         lately = taken if math.isnan(engine.own_pace) else engine.own_pace
         engine.own_pace = lately + _FORGET * (taken - lately)

@@ -71,6 +71,7 @@ def write(
             "skin": plan.skin,
             "next_skin": engine.next_skin,
             "tunes": engine.tunes,
+            "evaluation": engine.evaluation.how,
         },
         "potential": potential,
         "setup": setup.kept(),

@@ -1,7 +1,7 @@
-"""Which skin costs least: wide ones make steps dearer, narrow ones make plans be rebuilt more often."""
+"""Which evaluation and which skin cost least: wide ones make steps dearer, narrow ones rebuilds frequent."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,17 +15,35 @@ FIRST_SKIN = 1.0
 WATCHED = 30
 
 
-def cheapest_skin(engine: Engine, s: State) -> float:
-    """Return the skin with the least time per step, from what the first steps showed. Collective.
+def cheapest(engine: Engine, s: State, skins: Sequence[float] = SKINS) -> tuple[str, float]:
+    """Return the evaluation and the skin with the least time per step, as the first steps showed. Collective.
 
     Times are the slowest rank's, so every rank chooses the same. Steps between rebuilds are those after which
     the farthest atom had moved by half the skin; beyond what was seen, distances grow with the root of time.
 
     Args:
-        engine: has made `WATCHED` steps.
+        engine: has made `WATCHED` steps; what it may choose from is tried.
         s: their last state.
+        skins: to choose from, Angstrom.
     """
-    plan, ranks = engine.plan, engine.ranks
+    plan = engine.plan
+    ways = [(how, *_costs(engine, s, how)) for how in engine.evaluation.choices]
+
+    def edges(skin: float) -> float:
+        """How many times more edges than with the skin that was measured."""
+        return ((plan.r_cut + skin) / (plan.r_cut + plan.skin)) ** 3
+
+    def cost(way: tuple[str, bool, float, float], skin: float) -> float:
+        _, spared, calling, rebuilding = way
+        step = calling if spared else calling * edges(skin)
+        return step + rebuilding * edges(skin) / _interval(engine.travel, skin)
+
+    best, skin = min(((way, skin) for way in ways for skin in skins), key=lambda x: cost(*x))
+    return best[0], skin
+
+
+def _costs(engine: Engine, s: State, how: str) -> tuple[bool, float, float]:
+    """Return whether the network is spared the skin, and the seconds of a call and of a rebuild."""
 
     def seconds(work: Callable[[], None]) -> float:
         _wait(s)
@@ -35,23 +53,17 @@ def cheapest_skin(engine: Engine, s: State) -> float:
         return time.perf_counter() - begun
 
     def rebuild() -> None:
-        plan.rebuild(s.positions, s.cell[None])
-        engine.evaluation.begin_anew()
+        engine.plan.rebuild(s.positions, s.cell[None])
+        engine.evaluation.switch(how)
         engine.call(s)  # may capture, as the first one after a rebuild does
 
+    if how != engine.evaluation.how:
+        engine.evaluation.switch(how)
+        engine.call(s)  # may compile
     both, calling = seconds(rebuild), seconds(lambda: engine.call(s))
-    rebuilding = max(both - calling, 0.0)
-    rebuilding, calling = ranks.max(torch.tensor([rebuilding, calling], device=s.positions.device)).tolist()
-
-    def edges(skin: float) -> float:
-        """How many times more edges than with the skin that was measured."""
-        return ((plan.r_cut + skin) / (plan.r_cut + plan.skin)) ** 3
-
-    def cost(skin: float) -> float:
-        step = calling if engine.evaluation.spared else calling * edges(skin)
-        return step + rebuilding * edges(skin) / _interval(engine.travel, skin)
-
-    return min(SKINS, key=cost)
+    found = torch.tensor([calling, max(both - calling, 0.0)], device=s.positions.device)
+    calling, rebuilding = engine.ranks.max(found).tolist()
+    return engine.evaluation.spared, calling, rebuilding
 
 
 def _interval(travel: list[tuple[int, float]], skin: float) -> float:

@@ -55,7 +55,7 @@ def interrupted(group, folder: str, at: int, skin: float | None = 0.5) -> dict[s
     whole, again, unit = Squares(), Squares(), unit_on(group)
     never = 1_000_000
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gnnmd.md.loop.cheapest_skin", lambda engine, s: 0.4)  # whatever the clock says
+        patch.setattr("gnnmd.md.loop.cheapest", lambda *_: ("compact", 0.4))  # whatever the clock says
         options = {"seed": 3, "skin": skin}
         uninterrupted = Simulation(crystal(), unit, HOT, reporters=[whole, Stop(never)], **options).run(60)
         reporters = [Squares(), Stop(at, rank=1)]
