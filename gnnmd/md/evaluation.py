@@ -85,14 +85,16 @@ class Evaluation:
         return self._captured(positions, graph, plan.gp, listed_at=plan.positions)
 
     def switch(self, how: str) -> None:
-        """Evaluate in another way from now on, beginning anew; on all ranks."""
+        """Evaluate in another way from now on; on all ranks."""
         self.how = how
         self.begin_anew()
+        if how != "captured":
+            self._captured.release()
 
     def begin_anew(self) -> None:
         """Give up what serves several steps, the room for edges and the capture; on all ranks."""
         self._shorten = None
-        self._captured.release()
+        self._captured.renew()
 
     def _compact(self, plan: Plan, positions: Tensor, cell: Tensor, exact: bool) -> AtomGraph:
         """Return the plan's graph without the edges in the skin."""

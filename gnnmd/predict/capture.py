@@ -30,7 +30,7 @@ class CapturedPotential:
     """A frozen potential that is captured once per neighbour list and replayed; called like the potential.
 
     A replay costs one launch in place of some thousand. It computes the same kernels on the same memory, so
-    that its results are those of a call. The memory of one evaluation stays reserved until the next capture.
+    that its results are those of a call. The memory of one evaluation stays reserved.
 
     Only the positions and the cell may change between calls with the same ``edge_index``, which is another
     object for another list, on all ranks. The exchange between GPUs is captured too. Not captured, but
@@ -52,6 +52,8 @@ class CapturedPotential:
         self.n_captures = 0
         self.n_edges: Tensor | None = None
         self._capture: _Capture | None = None
+        self._current = False
+        self._memory: _Memory | None = None
         _all.add(self)
 
     def __call__(
@@ -79,8 +81,7 @@ class CapturedPotential:
             RankFailure: a rank could not capture it.
         """
         standing = self._capture
-        if standing is None or not standing.fits(g, gp, stress, shorten):
-            self._capture = standing = None  # its memory is needed
+        if standing is None or not self._current or not standing.fits(g, gp, stress, shorten):
             linked = self._linked(pos if listed_at is None else listed_at, g, gp)
             if linked.links is None:
                 shorter = g if shorten is None else shorten(pos, g.cell)
@@ -90,20 +91,34 @@ class CapturedPotential:
             if not self.n_captures:
                 standing.warm_up()
             with self.ranks.together("capturing a CUDA graph"):
-                standing.capture()
-            self._capture = standing
+                if self._memory is None:
+                    self._memory = _Memory(pos.device)
+                standing.capture(self._memory)
+            self._capture, self._current = standing, True
             self.n_captures += 1
         self.n_edges = standing.n_edges
         return standing.replay(pos, g.cell)
 
+    def renew(self) -> None:
+        """Capture again at the next call, into the same memory."""
+        self._current = False
+
     def release(self) -> None:
-        """Give up the capture; the next call makes another one."""
-        self._capture = None
+        """Give up the capture and its memory; the next call makes another one."""
+        self._capture = self._memory = None
 
     def _linked(self, pos: Tensor, g: AtomGraph, gp: GPContext) -> AtomGraph:
         if pos.device.type != "cuda" or self.potential.training:
             return replace(g, links=None)
         return self.potential.linked(pos.detach(), g, gp, skin=self.skin)
+
+
+class _Memory:
+    """Where captures of one potential put what they compute: each begins with what the one before leaves."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.cuda.empty_cache()  # what calls have used
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
 
 class _Capture:
@@ -137,13 +152,17 @@ class _Capture:
             for _ in range(WARM_UP):
                 self._call()
         current.wait_stream(side)
-        torch.cuda.empty_cache()  # a capture has memory of its own
 
-    def capture(self) -> None:
+    def capture(self, memory: _Memory) -> None:
         """Capture, computing nothing: no rank waits for another."""
+        torch.cuda.synchronize(self._pos.device)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._result = self._call()
+        with torch.cuda.stream(memory.stream):
+            self._graph.capture_begin(memory.pool)
+            try:
+                self._result = self._call()
+            finally:
+                self._graph.capture_end()
 
     def fits(self, g: AtomGraph, gp: GPContext, stress: bool, shorten: Shorten | None) -> bool:
         """Return whether it was captured for these edges; tensors that are equal but others do not count."""
