@@ -1,10 +1,12 @@
 """How a step is evaluated: which edges the network sees, and whether a GPU gets it as one CUDA graph."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from gnnmd.graph.graph import AtomGraph
+from gnnmd.models.backbone import Backbone
 from gnnmd.models.potential import Prediction
 from gnnmd.parallel import Plan
 from gnnmd.predict.capture import CapturedPotential
@@ -99,28 +101,34 @@ class Evaluation:
     def _compact(self, plan: Plan, positions: Tensor, cell: Tensor, exact: bool) -> AtomGraph:
         """Return the plan's graph without the edges in the skin."""
         if self._shorten is None or exact:
-            graph = plan.within_cutoff(positions, cell)  # here the host waits
-            self._shorten = WithinCutoff.of(plan, graph) if self.has_room else None
-            return graph
-        graph = self._shorten(positions, cell)
-        assert graph.n_edges is not None
-        self.lacked = graph.n_edges > self._shorten.room
+            return self._listed(plan, positions, cell)
+        graph, self.lacked = self._shorten(positions, cell)
         return graph
+
+    def _listed(self, plan: Plan, positions: Tensor, cell: Tensor) -> AtomGraph:
+        """Return the same with exact lists, for which the host waits; see how much room steps will need."""
+        graph = plan.within_cutoff(positions, cell)
+        if not self.has_room:
+            return graph
+        backbone = self._potential.backbone
+        links = backbone.links(graph, plan.gp.n_owned)
+        lengths = graph.edge_index.shape[1], *(() if links is None else backbone.lengths(links))
+        room = [n + n // SPARE + FEWEST_SPARE for n in lengths]
+        self._shorten = WithinCutoff(plan, backbone, room)
+        return replace(graph, links=links)
 
     def _replayed(self, plan: Plan, positions: Tensor, graph: AtomGraph, exact: bool) -> Prediction:
         """Return the prediction for the edges within the cutoff, which are chosen in the CUDA graph too."""
         if self._shorten is None:
-            self._shorten = WithinCutoff.of(plan, plan.within_cutoff(positions, graph.cell))
+            self._listed(plan, positions, graph.cell)
         p = self._captured(positions, graph, plan.gp, shorten=self._shorten)
-        n_edges = self._captured.n_edges
-        assert n_edges is not None
-        lacked = n_edges > self._shorten.room
+        lacked = self._captured.lacked
+        assert lacked is not None
         if not exact:
             self.lacked = lacked
         elif self._ranks.max(lacked.int()):
             self.begin_anew()
-            graph = plan.within_cutoff(positions, graph.cell)
-            return self._potential(positions, graph, plan.gp)
+            return self._potential(positions, self._listed(plan, positions, graph.cell), plan.gp)
         return p
 
 
@@ -130,18 +138,26 @@ class WithinCutoff:
 
     Attributes:
         plan: whose edges.
-        room: for so many.
+        backbone: which makes further lists.
+        room: for so many edges, and how long these lists are.
     """
 
     plan: Plan
-    room: int
+    backbone: Backbone
+    room: Sequence[int]
 
-    @classmethod
-    def of(cls, plan: Plan, graph: AtomGraph) -> "WithinCutoff":
-        """Return one with room for somewhat more edges than there are in a graph."""
-        n_edges = graph.edge_index.shape[1]
-        return cls(plan, n_edges + n_edges // SPARE + FEWEST_SPARE)
+    def __call__(self, positions: Tensor, cell: Tensor) -> tuple[AtomGraph, Tensor]:
+        """Return the graph at these positions with links, and whether there was too little room. Collective.
 
-    def __call__(self, positions: Tensor, cell: Tensor) -> AtomGraph:
-        """Return the graph at these positions; see `Plan.within_cutoff`. Collective."""
-        return self.plan.within_cutoff(positions, cell, self.room)
+        Args:
+            positions: ``[n_owned, 3]`` Angstrom.
+            cell: ``[1, 3, 3]`` Angstrom.
+        """
+        n_edges, *rooms = self.room
+        graph = self.plan.within_cutoff(positions, cell, n_edges)
+        assert graph.n_edges is not None
+        lacked = graph.n_edges > n_edges
+        links = self.backbone.links(graph, self.plan.gp.n_owned, room=rooms)
+        for needed, room in zip(self.backbone.needed(links) if rooms else (), rooms, strict=True):
+            lacked |= needed > room
+        return replace(graph, links=links), lacked

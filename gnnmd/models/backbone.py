@@ -1,6 +1,6 @@
 """The one message-passing loop that all models share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Backbone(nn.Module):
             the backward pass and bounds the memory. May be set at any time.
         largest_captured: atoms up to which dynamics replay a captured evaluation, see `links`; larger systems
             keep a GPU busy without. 0 = it cannot be captured.
-        spares_are_free: whether spare edges of a graph cost next to nothing.
+        spares_are_free: whether lists with room for more, see `links`, cost next to nothing.
         compilable: whether `torch.compile` gives the same forces (tested).
         kernels: which version of its operations a model uses that has several, see `gnnmd.kernels`. May be
             set at any time.
@@ -62,7 +62,7 @@ class Backbone(nn.Module):
         """Return what the first block reads besides rows of atoms (distances, rotations, edge features)."""
         raise NotImplementedError
 
-    def links(self, g: AtomGraph, n_owned: int, skin: float = 0.0) -> Any:
+    def links(self, g: AtomGraph, n_owned: int, skin: float = 0.0, room: Sequence[int] | None = None) -> Any:
         """Return what of `edge_basis` stays the same until the next neighbour list, for `AtomGraph.links`.
 
         With it a call never waits for the device. Lists of angles hold all that can count while no pair comes
@@ -72,11 +72,21 @@ class Backbone(nn.Module):
             g: the graph, with positions.
             n_owned: number of owned atoms.
             skin: Angstrom.
+            room: how long the lists besides that of the edges are made, spare entries included; the host then
+                does not wait for the device. None = as long as they are.
 
         Returns:
             None if the model has nothing of this kind.
         """
         return None
+
+    def lengths(self, links: Any) -> tuple[int, ...]:
+        """Return how long the lists of `links` are, besides that of the edges."""
+        return ()
+
+    def needed(self, links: Any) -> tuple[Tensor, ...]:
+        """Return how long they should be, int64 scalars; more than their room, and they are not complete."""
+        return ()
 
     def embed(self, g: AtomGraph, basis: Any) -> Tensor:
         """Return the initial rows ``[n_all, ...]`` of owned and ghost atoms (all species are known)."""

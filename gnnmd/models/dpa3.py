@@ -6,6 +6,7 @@ layer updates no edges and no angles, the last but one no angles. Their weights 
 models have them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -14,11 +15,13 @@ from math import pi, sqrt
 import torch
 from ase.data import chemical_symbols
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gnnmd.graph.angles import angle_pairs
 from gnnmd.graph.geometry import edge_vectors
 from gnnmd.graph.graph import AtomGraph
 from gnnmd.graph.nearest import cut_between_atoms, nearness
+from gnnmd.graph.selection import first_of
 from gnnmd.kernels.operations import Operations, operations
 from gnnmd.models.backbone import Backbone, SystemSum
 from gnnmd.models.dpa3_config import DPA3Config
@@ -54,8 +57,9 @@ class Links:
         kept: ``[E]`` which of these there are here; None = all.
         source: ``[E]`` rows of the sources.
         target: ``[E]`` targets, counted from ``first``, ascending.
-        near: ``[F]`` which edges form angles.
+        near: ``[F]`` which edges form angles; others after them, where there is room.
         near_target: ``[F]`` their targets.
+        n_near: scalar int64, how many form angles; None = all.
         ij, ik: ``[A]`` edges of each angle, as places in ``near``; sorted by ij.
     """
 
@@ -67,6 +71,7 @@ class Links:
     target: Groups
     near: Tensor
     near_target: Tensor
+    n_near: Tensor | None
     ij: Groups
     ik: Groups
 
@@ -283,6 +288,7 @@ class DPA3(Backbone):
         self.edge_embedding = dense(1, c.e_dim)
         self.angle_embedding = dense(1, c.a_dim, bias=False)
         self.blocks = nn.ModuleList(RepFlow(c, i) for i in range(c.nlayers))
+        self.spares_are_free = c.smooth_edge_update  # else they make a difference
         self.norm = nn.Unflatten(1, (1, c.channels))
 
     def edge_basis(self, g: AtomGraph, n_owned: int, system_sum: SystemSum) -> DPA3Basis:
@@ -295,15 +301,30 @@ class DPA3(Backbone):
             shells = [self._shell(piece, ops, r, types) for piece, r in zip(links, vectors, strict=True)]
         return DPA3Basis(shells, recompute=len(shells) > 1)
 
-    def links(self, g: AtomGraph, n_owned: int, skin: float = 0.0) -> list[Links] | None:
-        """Return which angles there are, and who is summed with whom; see `Backbone.links`."""
+    def links(
+        self, g: AtomGraph, n_owned: int, skin: float = 0.0, room: Sequence[int] | None = None
+    ) -> list[Links] | None:
+        """Return which angles there are, and who is summed with whom; see `Backbone.links`.
+
+        With room, for edges that form angles and for angles, only of graphs in one piece.
+        """
         if not self.config.smooth_edge_update:  # then it makes a difference whether an edge is in angles
             return None
-        pieces = self._links(g, edge_vectors(g).detach(), n_owned, skin)
+        pieces = self._links(g, edge_vectors(g).detach(), n_owned, skin, room)
         for p in pieces:
             for groups in (p.source, p.target, p.ij, p.ik):
                 groups.make()
         return pieces
+
+    def lengths(self, links: list[Links]) -> tuple[int, ...]:
+        """Return how many edges form angles, and how many angles there are; see `Backbone.lengths`."""
+        return len(links[0].near), len(links[0].ij.index)
+
+    def needed(self, links: list[Links]) -> tuple[Tensor, ...]:
+        """See `Backbone.needed`."""
+        assert links[0].n_near is not None
+        assert links[0].ij.count is not None
+        return links[0].n_near, links[0].ij.count
 
     def embed(self, g: AtomGraph, basis: DPA3Basis) -> Tensor:
         """Return ``[n_all, n_dim]`` from the elements alone."""
@@ -368,16 +389,31 @@ class DPA3(Backbone):
             counts, near = counts & seen, near & seen
         return distance, counts, near
 
-    def _links(self, g: AtomGraph, vector: Tensor, n_owned: int, skin: float | None = None) -> list[Links]:
+    def _links(
+        self,
+        g: AtomGraph,
+        vector: Tensor,
+        n_owned: int,
+        skin: float | None = None,
+        room: Sequence[int] | None = None,
+    ) -> list[Links]:
         """Return edges and angles in pieces: those that count now, or with a skin all that may."""
         source, target = g.edge_index
         types = self.type_embedding.types(g.numbers)
         cuts = list(pairwise(cut_between_atoms(target, n_owned, self.edge_chunk or len(target))))
-        lengths = [stop - start for (_, start), (_, stop) in cuts]
-        pieces = zip(cuts, *(t.split(lengths) for t in (source, target, vector)), strict=True)
         return [
-            self._links_of(first, end - first, j, i - first, r, types, skin)
-            for ((first, _), (end, _)), j, i, r in pieces
+            self._links_of(
+                first,
+                end - first,
+                source[start:stop],
+                target[start:stop] - first,
+                vector[start:stop],
+                types,
+                None if g.n_edges is None else (g.n_edges - start).clamp(0, stop - start),
+                skin,
+                room,
+            )
+            for (first, start), (end, stop) in cuts
         ]
 
     def _links_of(
@@ -388,30 +424,42 @@ class DPA3(Backbone):
         target: Tensor,
         vector: Tensor,
         types: Tensor,
+        count: Tensor | None,
         skin: float | None,
+        room: Sequence[int] | None,
     ) -> Links:
         c, n_edges, kept = self.config, len(target), None
         if skin is None:
             _, counts, near = self._counted(vector, source, target, n_atoms, types, first)
             if vector.device.type in REMOVING_DEVICES and not counts.all():
-                kept = counts.nonzero().squeeze(1)
+                kept, count = counts.nonzero().squeeze(1), None
                 source, target, near = (x.index_select(0, kept) for x in (source, target, near))
         else:
             near = torch.linalg.vector_norm(vector, dim=1) < c.a_rcut + skin
-        places = near.nonzero().squeeze(1) if c.update_angle else target[:0]
-        near_target = target.index_select(0, places)
-        ij, ik = angle_pairs(near_target, n_atoms)
+        if not c.update_angle:
+            near = torch.zeros_like(near)
+        by_target = Groups(target, n_atoms, count=count)
+        if room is None:
+            places, n_near = near.nonzero().squeeze(1), None
+            near_target = target.index_select(0, places)
+            pairs = angle_pairs(near_target, n_atoms)
+        else:
+            places, n_near = first_of(near, room[0])
+            near_target = target.index_select(0, places)
+            near_counts = F.pad(near.cumsum(0), (1, 0)).index_select(0, by_target.first).diff()
+            pairs = angle_pairs(near_target, n_atoms, counts=near_counts, room=room[1])
         return Links(
             first=first,
             n_atoms=n_atoms,
             n_edges=n_edges,
             kept=kept,
-            source=Groups(source, len(types), ascending=False),
-            target=Groups(target, n_atoms),
+            source=Groups(source, len(types), ascending=False, count=count),
+            target=by_target,
             near=places,
             near_target=near_target,
-            ij=Groups(ij, len(places)),
-            ik=Groups(ik, len(places), ascending=False),
+            n_near=n_near,
+            ij=Groups(pairs.ij, len(places), count=pairs.count),
+            ik=Groups(pairs.ik, len(places), ascending=False, count=pairs.count, known_order=pairs.by_ik),
         )
 
     def _shell(self, links: Links, ops: Operations, vector: Tensor, types: Tensor) -> Shell:
@@ -433,6 +481,9 @@ class DPA3(Backbone):
             (x.index_select(0, links.ij.index) * x.index_select(0, links.ik.index)).sum(1)
             for x in (direction, near_switch[:, None])
         )
+        if links.ij.count is not None:
+            there = torch.arange(len(weight), device=weight.device) < links.ij.count
+            weight = torch.where(there, weight, 0.0)
         cosine = cosine[:, None] * ((1 - 1e-6) / sqrt(pi))
         return Shell(
             links=links,

@@ -481,7 +481,9 @@ class EscnMD(Backbone):
         owned = torch.arange(n_owned, device=source.device)
         return EscnBasis(edges, recompute, system, routing(owned))
 
-    def links(self, g: AtomGraph, n_owned: int, skin: float = 0.0) -> list[Piece] | None:
+    def links(
+        self, g: AtomGraph, n_owned: int, skin: float = 0.0, room: Sequence[int] | None = None
+    ) -> list[Piece] | None:
         """Return the edges in pieces; see `Backbone.links`. Those in the skin add zero."""
         c = self.config
         if c.charge_balanced_channels or c.spin_balanced_channels or (self.router and g.n_systems > 1):

@@ -26,17 +26,21 @@ class Groups:
         ascending: whether the index is sorted.
         count: scalar int64, how many rows are summed; those behind, which have the largest index, add zero
             and may be left out. None = all.
+        known_order: what `order` is, if that is known.
     """
 
     index: Tensor
     n: int
     ascending: bool = True
     count: Tensor | None = None
+    known_order: Tensor | None = None
 
     @cached_property
     def order(self) -> Tensor | None:
         """``[E]`` int64, the rows sorted by their sum; None if they are sorted. Made when first needed."""
-        return None if self.ascending else torch.argsort(self.index, stable=True)
+        if self.ascending or self.known_order is not None:
+            return self.known_order
+        return torch.argsort(self.index, stable=True)
 
     @cached_property
     def first(self) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from gnnmd.graph.atoms import AtomBatch
 from gnnmd.graph.geometry import complete_cell, edge_vectors
 from gnnmd.graph.graph import AtomGraph
+from gnnmd.graph.selection import first_of
 from gnnmd.parallel.accounting import copies
 from gnnmd.parallel.context import GPContext
 from gnnmd.parallel.guards import check_columns, check_each_once, check_finite
@@ -15,7 +16,7 @@ from gnnmd.parallel.link import Held, Options, Share, link
 from gnnmd.parallel.morton import morton_keys
 from gnnmd.parallel.partition import KEYS, PARTITIONERS, Cuts, choose, morton
 from gnnmd.parallel.ranks import Ranks, all_gather_rows
-from gnnmd.parallel.room import Room, first_of, room_of, with_room
+from gnnmd.parallel.room import Room, room_of, with_room
 from gnnmd.parallel.sites import Sites, find_box
 
 #: A rebuild keeps every atom where it is until the largest number of ghosts or edges has grown by this
@@ -137,7 +138,7 @@ class Plan:
         }
 
     def within_cutoff(self, positions: Tensor, cell: Tensor, room: int | None = None) -> AtomGraph:
-        """Return the graph without the edges that are in the skin now; one exchange of positions.
+        """Return the graph, with positions, without the edges in the skin now; one exchange of positions.
 
         Args:
             positions: ``[n_owned, 3]`` Angstrom.
@@ -157,7 +158,7 @@ class Plan:
                 spare = torch.arange(len(kept), device=kept.device) >= n_edges
                 ends = zip(edge_index, (len(g.numbers) - 1, self.gp.n_owned - 1), strict=True)
                 edge_index = torch.stack([torch.where(spare, last, rows) for rows, last in ends])
-            return replace(self.graph, edge_index=edge_index, shift=shift, cell=cell, n_edges=n_edges)
+            return replace(g, edge_index=edge_index, shift=shift, n_edges=n_edges)
 
     @torch.no_grad()
     def gather_owned(self, owned: Tensor) -> Tensor:

@@ -69,19 +69,6 @@ def with_room(share: Share, headroom: float, before: Room | None) -> Share:
     return share._replace(graph=graph, gp=_roomy_context(gp, sent, send, recv), ids=ids)
 
 
-def first_of(wanted: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """Return the first places where a ``[n]`` bool holds, ``[min(room, n)]``, and how many hold in all.
-
-    Where fewer hold, the last ones are arbitrary. The host does not wait.
-    """
-    n = len(wanted)
-    room = min(room, n)
-    count = wanted.cumsum(0)
-    slot = torch.where(wanted, count - 1, room).clamp(max=room)
-    found = count.new_zeros(room + 1).scatter(0, slot, torch.arange(n, device=wanted.device))
-    return found[:room], wanted.sum()
-
-
 def _sections(gp: GPContext) -> tuple[list[int], list[int]]:
     """Return how many rows come from and go to each rank: first the near ones of all, then the rest."""
     near = gp if gp.near is None else gp.near

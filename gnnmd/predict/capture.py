@@ -11,8 +11,9 @@ from gnnmd.graph.graph import AtomGraph
 from gnnmd.models.potential import Potential, Prediction
 from gnnmd.parallel import GPContext, Ranks
 
-#: Makes a graph of fewer edges from positions and cell, without waiting for the device.
-Shorten = Callable[[Tensor, Tensor], AtomGraph]
+#: Makes a graph of fewer edges from positions and cell, with links and without waiting for the device; also
+#: says whether it had too little room, a bool scalar.
+Shorten = Callable[[Tensor, Tensor], tuple[AtomGraph, Tensor]]
 
 #: Calls before the first capture: they compile kernels, create the handles of libraries and connect GPUs.
 WARM_UP = 2
@@ -44,13 +45,13 @@ class CapturedPotential:
 
     Attributes:
         n_captures: captures so far.
-        n_edges: scalar int64, how many edges the last call should have had; None = all of its graph.
+        lacked: scalar bool, whether the graph of the last call had too little room; None if it was given.
     """
 
     def __init__(self, potential: Potential, ranks: Ranks | None = None, skin: float = 0.0):
         self.potential, self.ranks, self.skin = potential, ranks or Ranks(), skin
         self.n_captures = 0
-        self.n_edges: Tensor | None = None
+        self.lacked: Tensor | None = None
         self._capture: _Capture | None = None
         self._current = False
         self._memory: _Memory | None = None
@@ -82,12 +83,13 @@ class CapturedPotential:
         """
         standing = self._capture
         if standing is None or not self._current or not standing.fits(g, gp, stress, shorten):
-            linked = self._linked(pos if listed_at is None else listed_at, g, gp)
-            if linked.links is None:
-                shorter = g if shorten is None else shorten(pos, g.cell)
-                self.n_edges = shorter.n_edges
-                return self.potential(pos, shorter, gp, stress=stress)
-            standing = _Capture(self.potential, pos, linked, gp, stress, shorten)
+            linked, self.lacked = self._linked(pos if listed_at is None else listed_at, g, gp), None
+            if shorten is not None:
+                linked, self.lacked = shorten(pos, g.cell)
+            if linked.links is None or pos.device.type != "cuda" or self.potential.training:
+                return self.potential(pos, linked, gp, stress=stress)
+            given = linked if shorten is None else g
+            standing = _Capture(self.potential, pos, given, gp, stress, shorten)
             if not self.n_captures:
                 standing.warm_up()
             with self.ranks.together("capturing a CUDA graph"):
@@ -96,7 +98,7 @@ class CapturedPotential:
                 standing.capture(self._memory)
             self._capture, self._current = standing, True
             self.n_captures += 1
-        self.n_edges = standing.n_edges
+        self.lacked = standing.lacked
         return standing.replay(pos, g.cell)
 
     def renew(self) -> None:
@@ -136,12 +138,13 @@ class _Capture:
         self._edges, self._how = g.edge_index, (gp.n_owned, stress, shorten)
         self._pos, self._cell = pos.detach().clone(), g.cell.clone()
         self._g, self._gp, self._potential = replace(g, cell=self._cell), gp, potential
-        self.n_edges = g.n_edges
+        self.lacked: Tensor | None = None
 
     def _call(self) -> Prediction:
         _, stress, shorten = self._how
-        g = self._g if shorten is None else shorten(self._pos, self._cell)
-        self.n_edges = g.n_edges
+        g = self._g
+        if shorten is not None:
+            g, self.lacked = shorten(self._pos, self._cell)
         return self._potential(self._pos, g, self._gp, stress=stress)
 
     def warm_up(self) -> None:

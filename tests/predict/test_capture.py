@@ -1,7 +1,6 @@
 """Evaluations replayed as one CUDA graph."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch.testing import assert_close
 
 from gnnmd.graph import AtomBatch
 from gnnmd.graph.neighbors import neighbor_list
+from gnnmd.md.evaluation import WithinCutoff
 from gnnmd.models.build import PotentialConfig, build_potential
 from gnnmd.models.dpa3_config import DPA3Config
 from gnnmd.models.escn_md import EscnMDConfig
@@ -108,18 +108,41 @@ def test_spare_edges_are_in_no_sum(model):
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=[pytest.mark.gpu, CUDA]), "cpu"])
-def test_edges_within_the_cutoff_are_chosen_in_the_capture(device):
-    potential, batch = silver(device, "escn_md")
-    ids = torch.arange(len(batch.numbers), device=device)
+@pytest.mark.parametrize("model", ["dpa3", "escn_md"])
+def test_edges_and_angles_of_now_are_chosen_in_the_capture(model, device):
+    potential, batch = silver(device, model)
+    backbone, ids = potential.backbone, torch.arange(len(batch.numbers), device=device)
     plan = build_plan(batch, ids, potential.r_cut, Ranks(), skin=SKIN)
-    room, captured = plan.graph.edge_index.shape[1] - 10, CapturedPotential(potential, skin=SKIN)
-    shorten = partial(plan.within_cutoff, room=room)
+    lengths = backbone.lengths(
+        backbone.links(plan.graph.with_positions(plan.positions, batch.cell), len(ids))
+    )
+    shorten = WithinCutoff(plan, backbone, [plan.graph.edge_index.shape[1] - 10, *(2 * n for n in lengths)])
+    captured = CapturedPotential(potential, skin=SKIN)
     with own_arithmetic(batch.positions.device, tf32=False):
         for x, cell in steps(batch, 3):
             graph = replace(plan.graph, cell=cell)
             found = captured(x[plan.ids], graph, plan.gp, shorten=shorten)
             expected = potential(x, potential.graph(replace(batch, positions=x, cell=cell)), plan.gp)
-            assert captured.n_edges <= room
+            assert not captured.lacked
             assert_close(found.energy, expected.energy, rtol=0, atol=1e-11)
             assert_close(found.forces, expected.forces[plan.ids], rtol=0, atol=1e-11)
+            assert_close(found.stress, expected.stress, rtol=0, atol=1e-12)
     assert captured.n_captures == (1 if device == "cuda" else 0)
+
+
+@pytest.mark.parametrize("short", [0, 1, 2])
+def test_lists_that_are_too_short_are_noticed(short):
+    """Of edges, of edges that form angles, and of angles."""
+    potential, batch = silver("cpu", "dpa3")
+    backbone, ids = potential.backbone, torch.arange(len(batch.numbers))
+    plan = build_plan(batch, ids, potential.r_cut, Ranks(), skin=SKIN)
+    exact = plan.within_cutoff(plan.positions, batch.cell)
+    room = [exact.edge_index.shape[1], *backbone.lengths(backbone.links(exact, len(ids)))]
+    assert len(room) == 3
+    graph, lacked = WithinCutoff(plan, backbone, [room[0], room[1], room[2] + 9])(plan.positions, batch.cell)
+    assert not lacked
+    assert_same(potential(plan.positions, graph, plan.gp), potential(plan.positions, exact, plan.gp))
+    room[short] -= 1
+    graph, lacked = WithinCutoff(plan, backbone, room)(plan.positions, batch.cell)
+    assert lacked
+    assert potential(plan.positions, graph, plan.gp).forces.isfinite().all()
