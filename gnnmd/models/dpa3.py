@@ -261,7 +261,7 @@ class DPA3(Backbone):
         config: its shape.
     """
 
-    largest_captured = 8000
+    largest_captured = 16_000
     excluded: Tensor
 
     def __init__(self, config: DPA3Config):

@@ -49,6 +49,9 @@ EDGE_DEGREE_SCALE = 5.0
 CACHE_VALUES = 2**20
 MOST_CACHE_PIECES = 8
 
+#: A captured evaluation has so many numbers [n, S, C] of all layers at most: 8,000 atoms of UMA-S.
+CAPTURED_VALUES = 8000 * 9 * 128 * 4
+
 #: Which linear maps of a layer have experts: SO(2) maps of m = 0, of m > 0, radial networks, feed-forward.
 EXPERT_PLACES = {
     "so2": (True, True, False, False),
@@ -421,13 +424,14 @@ class EscnMD(Backbone):
         dataset_rows: row of the data-set embedding that each of the potential's data sets reads; () = none.
     """
 
-    compilable, spares_are_free, largest_captured = True, True, 8000
+    compilable = spares_are_free = True
 
     def __init__(self, config: EscnMDConfig, dataset_rows: Sequence[int] = ()):
         super().__init__()
         self.config = config
         self.r_cut, self.max_neighbors = config.r_cut, config.max_neighbors
         self.row_width = n_rows(config.lmax) * config.channels
+        self.largest_captured = min(CAPTURED_VALUES // (self.row_width * config.num_layers), 64_000)
         self.max_number = config.max_number
         if config.charge_spin_embedding == "rand_emb":
             self.charge_range, self.spin_range = CHARGE_RANGE, SPIN_RANGE
