@@ -32,8 +32,8 @@ class Backbone(nn.Module):
         needs_statistics: whether a fresh model must be given `statistics` of its training data.
         edge_chunk: edges that are processed at a time; None = all. A smaller number costs a recomputation in
             the backward pass and bounds the memory. May be set at any time.
-        largest_captured: atoms up to which dynamics may replay a captured evaluation, see `links`; larger systems
-            keep a GPU busy without. 0 = it cannot be captured.
+        largest_captured: atoms per rank up to which dynamics may replay a captured evaluation, see `links`;
+            larger systems keep a GPU busy without. 0 = it cannot be captured.
         spares_are_free: whether lists with room for more, see `links`, cost next to nothing.
         compilable: whether `torch.compile` gives the same forces (tested).
         kernels: which version of its operations a model uses that has several, see `gnnmd.kernels`. May be

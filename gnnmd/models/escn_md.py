@@ -431,7 +431,7 @@ class EscnMD(Backbone):
         self.config = config
         self.r_cut, self.max_neighbors = config.r_cut, config.max_neighbors
         self.row_width = n_rows(config.lmax) * config.channels
-        self.largest_captured = min(CAPTURED_VALUES // (self.row_width * config.num_layers), 64_000)
+        self.largest_captured = min(CAPTURED_VALUES // (self.row_width * max(config.num_layers, 1)), 64_000)
         self.max_number = config.max_number
         if config.charge_spin_embedding == "rand_emb":
             self.charge_range, self.spin_range = CHARGE_RANGE, SPIN_RANGE
