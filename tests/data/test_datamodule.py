@@ -40,9 +40,9 @@ def energies(dataset: Any) -> list[float]:
 def test_silver_needs_no_settings_and_has_its_own_splits() -> None:
     module = ready()
     assert module.test_set is not None
-    assert [len(s) for s in (module.train_set, module.val_set, module.test_set)] == [180, 20, 40]
+    assert [len(s) for s in (module.train_set, module.val_set, module.test_set)] == [270, 30, 60]
     assert module.statistics.elements == (47,)
-    assert len(module.train_dataloader()) == 45
+    assert len(module.train_dataloader()) == 68
 
 
 def test_loaders_hand_out_batches_with_their_neighbour_lists(tmp_path: Path) -> None:

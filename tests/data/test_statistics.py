@@ -47,13 +47,13 @@ def test_silver_has_the_known_statistics() -> None:
     dataset = AtomsDataset(load_silver("train"), 6.0)
     statistics = Statistics.from_dataset(dataset)
     assert statistics.elements == (47,)
-    assert (statistics.n_frames, statistics.n_atoms) == (180, 16110)
-    assert (statistics.n_energies, statistics.n_forces, statistics.n_stresses) == (180, 16110, 180)
+    assert (statistics.n_frames, statistics.n_atoms) == (270, 25830)
+    assert (statistics.n_energies, statistics.n_forces, statistics.n_stresses) == (270, 25830, 270)
     per_atom = [a.get_potential_energy() / len(a) for a in load_silver("train")]
     assert statistics.element_energies[47] == pytest.approx(np.mean(per_atom))
     assert statistics.energy_std == pytest.approx(np.std(per_atom))
-    assert statistics.force_rms == pytest.approx(0.676, abs=1e-3)
-    assert statistics.mean_edges == pytest.approx(51, abs=0.1)
+    assert statistics.force_rms == pytest.approx(1.145, abs=1e-3)
+    assert statistics.mean_edges == pytest.approx(48.2, abs=0.1)
 
 
 def test_missing_labels_do_not_count() -> None:

@@ -1,4 +1,4 @@
-"""Built-in data set: warm, strained silver crystals labelled by ASE's EMT; README.md says how it was made."""
+"""Built-in data set: warm silver, solid and liquid, labelled by ASE's EMT; README.md says how it was made."""
 
 from pathlib import Path
 
@@ -17,5 +17,5 @@ def silver_file(split: str) -> Path:
 
 
 def load_silver(split: str) -> list[Atoms]:
-    """Return the frames of ``split``: 180 of "train", 20 of "val", 40 of "test", all three labels."""
+    """Return the frames of ``split``: 270 of "train", 30 of "val", 60 of "test", all three labels."""
     return read_frames(silver_file(split), labelled=True)

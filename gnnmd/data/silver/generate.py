@@ -21,11 +21,19 @@ from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 
 A0 = 4.06355  # lattice constant of EMT's fcc silver at 0 K, Angstrom
 ALPHA = 2.0e-5  # linear expansion that places the start cell at a temperature, 1/K
-TEMPERATURES = (300.0, 600.0, 900.0, 1200.0, 1500.0)  # K
-CELLS = ("vac71", "fcc108")  # 3x3x2 conventional cells minus one atom; 3x3x3
+LIQUID_A = 4.30  # lattice constant of the crystal that is melted, at every temperature
+LIQUID_RANGE = (4.20, 4.65)  # of its uniform distribution in strained liquids
+#: Per kind of start, K: 3x3x2 conventional cells minus one atom; 3x3x3; 3x3x3, melted.
+TEMPERATURES = {
+    "vac71": (300.0, 600.0, 900.0, 1200.0, 1500.0),
+    "fcc108": (300.0, 600.0, 900.0, 1200.0, 1500.0),
+    "liquid108": (1400.0, 1800.0, 2600.0, 4000.0, 8000.0),
+}
 STRAIN = 0.03  # half-width of the uniform distribution of each strain component
 TIME_STEP = 5.0  # fs
 FRICTION = 0.02  # 1/fs
+MELTING = 400  # steps at MELTING_TEMPERATURE before a liquid is equilibrated (2 ps)
+MELTING_TEMPERATURE = 4000.0  # K
 EQUILIBRATION = 200  # steps before the first frame (1 ps)
 STRIDE = 40  # steps between frames (0.2 ps)
 DECIMALS = 8  # of positions and cell in the file; labels belong to the rounded values
@@ -34,8 +42,11 @@ SPLITS = {"train": ((0, 1, 2), 6), "val": ((1,), 2), "test": ((0, 1), 2)}
 SEED = 20240
 
 
-def start_crystal(kind: str, temperature: float, rng: np.random.Generator, *, strained: bool) -> Atoms:
-    """Return the crystal a trajectory starts from, thermally expanded and perhaps strained."""
+def start_cell(kind: str, temperature: float, rng: np.random.Generator, *, strained: bool) -> Atoms:
+    """Return the crystal a trajectory starts from (or melts), expanded and perhaps strained."""
+    if kind == "liquid108":
+        a = rng.uniform(*LIQUID_RANGE) if strained else LIQUID_A
+        return bulk("Ag", "fcc", a=a, cubic=True) * 3
     atoms = bulk("Ag", "fcc", a=A0 * (1.0 + ALPHA * temperature), cubic=True)
     atoms *= (3, 3, 2) if kind == "vac71" else (3, 3, 3)
     if kind == "vac71":
@@ -64,13 +75,17 @@ def trajectory(
 ) -> list[Atoms]:
     """Return ``n_frames`` labelled frames of one Langevin trajectory."""
     rng = np.random.default_rng(seed)
-    atoms = start_crystal(kind, temperature, rng, strained=variant > 0)
+    atoms = start_cell(kind, temperature, rng, strained=variant > 0)
     atoms.calc = EMT()
     MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=rng)
     Stationary(atoms)
     dynamics = Langevin(
         atoms, TIME_STEP * units.fs, temperature_K=temperature, friction=FRICTION / units.fs, rng=rng
     )
+    if kind == "liquid108":
+        dynamics.set_temperature(temperature_K=MELTING_TEMPERATURE)
+        dynamics.run(MELTING)
+        dynamics.set_temperature(temperature_K=temperature)
     dynamics.run(EQUILIBRATION)
     frames = [labelled(atoms)]
     for _ in range(n_frames - 1):
@@ -82,7 +97,8 @@ def trajectory(
 def split_frames(split: str, seed: int = SEED) -> list[Atoms]:
     """Return all frames of one split in the order of the file; ``info["traj"]`` names their trajectory."""
     variants, n_frames = SPLITS[split]
-    runs = [(kind, temperature, v) for kind in CELLS for temperature in TEMPERATURES for v in variants]
+    kinds = TEMPERATURES.items()
+    runs = [(kind, temperature, v) for kind, values in kinds for temperature in values for v in variants]
     frames = []
     for i, (kind, temperature, variant) in enumerate(runs):
         for frame in trajectory(kind, temperature, variant, n_frames, [seed, list(SPLITS).index(split), i]):
