@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
+import torch
 from torch import Tensor
 
 from gnnmd.graph.graph import AtomGraph
@@ -17,8 +19,10 @@ from gnnmd.predict.evaluation import RankPotential
 #: "captured" is one of these as a CUDA graph, captured anew after a rebuild, which spares the host thousands
 #: of launches.
 EVALUATIONS = ("compact", "standing", "captured")
-#: Room for more edges within the cutoff than there were at the last reading: one in so many, and so many.
+#: Room in lists for more than there was: one in so many, and so many.
 SPARE, FEWEST_SPARE = 50, 64
+#: Most room for lists that grow, as a part of what there was, and how much of it stays if they grow no more.
+MOST_SPARE, KEPT_SPARE = 0.5, 0.8
 
 
 class Evaluation:
@@ -55,6 +59,11 @@ class Evaluation:
         self._potential, self._ranks = evaluator.potential, evaluator.ranks
         self._captured = CapturedPotential(evaluator.potential, evaluator.ranks)
         self._shorten: WithinCutoff | None = None
+        # How long lists were when they were made exactly the last time, the longest since, and by which part
+        # they have grown.
+        self._lengths: Sequence[int] = ()
+        self._longest: Tensor | None = None
+        self._growth: Sequence[float] = ()
 
     @property
     def spared(self) -> bool:
@@ -102,8 +111,16 @@ class Evaluation:
         """Return the plan's graph without the edges in the skin."""
         if self._shorten is None or exact:
             return self._listed(plan, positions, cell)
-        graph, self.lacked = self._shorten(positions, cell)
+        graph, needed = self._shorten(positions, cell)
+        self.lacked = self._too_long(needed)
         return graph
+
+    def _too_long(self, needed: Tensor) -> Tensor:
+        """Note how long lists should have been, and return whether that is too long."""
+        assert self._shorten is not None
+        known = needed if self._longest is None else self._longest
+        self._longest = torch.maximum(known, needed)
+        return (needed > self._shorten.limits).any()
 
     def _listed(self, plan: Plan, positions: Tensor, cell: Tensor) -> AtomGraph:
         """Return the same with exact lists, for which the host waits; see how much room steps will need."""
@@ -113,17 +130,28 @@ class Evaluation:
         backbone = self._potential.backbone
         links = backbone.links(graph, plan.gp.n_owned)
         lengths = graph.edge_index.shape[1], *(() if links is None else backbone.lengths(links))
-        room = [n + n // SPARE + FEWEST_SPARE for n in lengths]
-        self._shorten = WithinCutoff(plan, backbone, room)
+        self._shorten = WithinCutoff.of(plan, backbone, self._room(lengths))
         return replace(graph, links=links)
+
+    def _room(self, lengths: Sequence[int]) -> list[int]:
+        """Return room for lists: for the longest of lately, and for growing as much once more."""
+        longest = list(lengths)
+        if self._longest is not None:
+            longest = [max(now, seen) for now, seen in zip(lengths, self._longest.tolist(), strict=True)]
+            growth = [most / max(old, 1) - 1 for most, old in zip(longest, self._lengths, strict=True)]
+            before = self._growth or growth
+            self._growth = [max(g, KEPT_SPARE * old) for g, old in zip(growth, before, strict=True)]
+        self._lengths, self._longest = lengths, None
+        spare = [min(max(g, 1 / SPARE), MOST_SPARE) for g in self._growth or [0.0] * len(lengths)]
+        return [ceil(n * (1 + part)) + FEWEST_SPARE for n, part in zip(longest, spare, strict=True)]
 
     def _replayed(self, plan: Plan, positions: Tensor, graph: AtomGraph, exact: bool) -> Prediction:
         """Return the prediction for the edges within the cutoff, which are chosen in the CUDA graph too."""
         if self._shorten is None:
             self._listed(plan, positions, graph.cell)
         p = self._captured(positions, graph, plan.gp, shorten=self._shorten)
-        lacked = self._captured.lacked
-        assert lacked is not None
+        assert self._captured.needed is not None
+        lacked = self._too_long(self._captured.needed)
         if not exact:
             self.lacked = lacked
         elif self._ranks.max(lacked.int()):
@@ -140,14 +168,21 @@ class WithinCutoff:
         plan: whose edges.
         backbone: which makes further lists.
         room: for so many edges, and how long these lists are.
+        limits: the same on the device.
     """
 
     plan: Plan
     backbone: Backbone
     room: Sequence[int]
+    limits: Tensor
+
+    @classmethod
+    def of(cls, plan: Plan, backbone: Backbone, room: Sequence[int]) -> "WithinCutoff":
+        """Return it with this room."""
+        return cls(plan, backbone, room, torch.tensor(room, device=plan.ids.device))
 
     def __call__(self, positions: Tensor, cell: Tensor) -> tuple[AtomGraph, Tensor]:
-        """Return the graph at these positions with links, and whether there was too little room. Collective.
+        """Return the graph at these positions with links, and how long all lists should be. Collective.
 
         Args:
             positions: ``[n_owned, 3]`` Angstrom.
@@ -156,8 +191,6 @@ class WithinCutoff:
         n_edges, *rooms = self.room
         graph = self.plan.within_cutoff(positions, cell, n_edges)
         assert graph.n_edges is not None
-        lacked = graph.n_edges > n_edges
         links = self.backbone.links(graph, self.plan.gp.n_owned, room=rooms)
-        for needed, room in zip(self.backbone.needed(links) if rooms else (), rooms, strict=True):
-            lacked |= needed > room
-        return replace(graph, links=links), lacked
+        needed = self.backbone.needed(links) if rooms else ()
+        return replace(graph, links=links), torch.stack((graph.n_edges, *needed))

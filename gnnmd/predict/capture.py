@@ -12,7 +12,7 @@ from gnnmd.models.potential import Potential, Prediction
 from gnnmd.parallel import GPContext, Ranks
 
 #: Makes a graph of fewer edges from positions and cell, with links and without waiting for the device; also
-#: says whether it had too little room, a bool scalar.
+#: says how long its lists should be, int64.
 Shorten = Callable[[Tensor, Tensor], tuple[AtomGraph, Tensor]]
 
 #: Calls before the first capture: they compile kernels, create the handles of libraries and connect GPUs.
@@ -45,13 +45,13 @@ class CapturedPotential:
 
     Attributes:
         n_captures: captures so far.
-        lacked: scalar bool, whether the graph of the last call had too little room; None if it was given.
+        needed: how long the lists of the graph should have been in the last call; None if it was given.
     """
 
     def __init__(self, potential: Potential, ranks: Ranks | None = None, skin: float = 0.0):
         self.potential, self.ranks, self.skin = potential, ranks or Ranks(), skin
         self.n_captures = 0
-        self.lacked: Tensor | None = None
+        self.needed: Tensor | None = None
         self._capture: _Capture | None = None
         self._current = False
         self._memory: _Memory | None = None
@@ -83,9 +83,9 @@ class CapturedPotential:
         """
         standing = self._capture
         if standing is None or not self._current or not standing.fits(g, gp, stress, shorten):
-            linked, self.lacked = self._linked(pos if listed_at is None else listed_at, g, gp), None
+            linked, self.needed = self._linked(pos if listed_at is None else listed_at, g, gp), None
             if shorten is not None:
-                linked, self.lacked = shorten(pos, g.cell)
+                linked, self.needed = shorten(pos, g.cell)
             if linked.links is None or pos.device.type != "cuda" or self.potential.training:
                 return self.potential(pos, linked, gp, stress=stress)
             given = linked if shorten is None else g
@@ -98,7 +98,7 @@ class CapturedPotential:
                 standing.capture(self._memory)
             self._capture, self._current = standing, True
             self.n_captures += 1
-        self.lacked = standing.lacked
+        self.needed = standing.needed
         return standing.replay(pos, g.cell)
 
     def renew(self) -> None:
@@ -138,13 +138,13 @@ class _Capture:
         self._edges, self._how = g.edge_index, (gp.n_owned, stress, shorten)
         self._pos, self._cell = pos.detach().clone(), g.cell.clone()
         self._g, self._gp, self._potential = replace(g, cell=self._cell), gp, potential
-        self.lacked: Tensor | None = None
+        self.needed: Tensor | None = None
 
     def _call(self) -> Prediction:
         _, stress, shorten = self._how
         g = self._g
         if shorten is not None:
-            g, self.lacked = shorten(self._pos, self._cell)
+            g, self.needed = shorten(self._pos, self._cell)
         return self._potential(self._pos, g, self._gp, stress=stress)
 
     def warm_up(self) -> None:

@@ -116,14 +116,15 @@ def test_edges_and_angles_of_now_are_chosen_in_the_capture(model, device):
     lengths = backbone.lengths(
         backbone.links(plan.graph.with_positions(plan.positions, batch.cell), len(ids))
     )
-    shorten = WithinCutoff(plan, backbone, [plan.graph.edge_index.shape[1] - 10, *(2 * n for n in lengths)])
+    room = [plan.graph.edge_index.shape[1] - 10, *(2 * n for n in lengths)]
+    shorten = WithinCutoff.of(plan, backbone, room)
     captured = CapturedPotential(potential, skin=SKIN)
     with own_arithmetic(batch.positions.device, tf32=False):
         for x, cell in steps(batch, 3):
             graph = replace(plan.graph, cell=cell)
             found = captured(x[plan.ids], graph, plan.gp, shorten=shorten)
             expected = potential(x, potential.graph(replace(batch, positions=x, cell=cell)), plan.gp)
-            assert not captured.lacked
+            assert (captured.needed <= shorten.limits).all()
             assert_close(found.energy, expected.energy, rtol=0, atol=1e-11)
             assert_close(found.forces, expected.forces[plan.ids], rtol=0, atol=1e-11)
             assert_close(found.stress, expected.stress, rtol=0, atol=1e-12)
@@ -139,10 +140,12 @@ def test_lists_that_are_too_short_are_noticed(short):
     exact = plan.within_cutoff(plan.positions, batch.cell)
     room = [exact.edge_index.shape[1], *backbone.lengths(backbone.links(exact, len(ids)))]
     assert len(room) == 3
-    graph, lacked = WithinCutoff(plan, backbone, [room[0], room[1], room[2] + 9])(plan.positions, batch.cell)
-    assert not lacked
+    graph, needed = WithinCutoff.of(plan, backbone, [room[0], room[1], room[2] + 9])(
+        plan.positions, batch.cell
+    )
+    assert needed.tolist() == room
     assert_same(potential(plan.positions, graph, plan.gp), potential(plan.positions, exact, plan.gp))
     room[short] -= 1
-    graph, lacked = WithinCutoff(plan, backbone, room)(plan.positions, batch.cell)
-    assert lacked
+    graph, needed = WithinCutoff.of(plan, backbone, room)(plan.positions, batch.cell)
+    assert needed[short] == room[short] + 1
     assert potential(plan.positions, graph, plan.gp).forces.isfinite().all()
