@@ -34,8 +34,8 @@ def angle_pairs(
         centre: ``[E]`` int64 target of each edge, ascending: rows ``0 .. n_atoms - 1``.
         n_atoms: number of centres.
         counts: ``[n_atoms]`` int64 edges of each centre, if known; edges after these are spare.
-        room: for so many pairs, which the host then does not wait for; with fewer edges than none, none. If
-            ``count`` is larger, pairs are missing.
+        room: for so many pairs, so that the host need not wait for their number; without edges there are
+            none. If ``count`` is larger, pairs are missing.
     """
     edges = torch.arange(len(centre), device=centre.device)
     if counts is None:

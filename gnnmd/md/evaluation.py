@@ -93,7 +93,8 @@ class Evaluation:
         if self.has_room:
             return self._replayed(plan, positions, graph, exact)
         # Always with the stress: one capture serves all steps.
-        return self._captured(positions, graph, plan.gp, listed_at=plan.positions)
+        listed_at = plan.positions, plan.graph.cell
+        return self._captured(positions, graph, plan.gp, listed_at=listed_at)
 
     def switch(self, how: str) -> None:
         """Evaluate in another way from now on; on all ranks."""

@@ -115,8 +115,9 @@ class Loop:
         choices = self.engine.evaluation.choices
         self.engine.tunes = self.engine.plan.skin > 0 and (setup.skin is None or len(choices) > 1)
         if stood:
-            self.engine.tunes, self.engine.next_skin = stood["tunes"], stood["next_skin"]
-            if stood.get("evaluation") in choices:
+            self.engine.next_skin = stood["next_skin"]
+            if stood.get("choices") == list(choices):  # else what was chosen was for another machine
+                self.engine.tunes = stood["tunes"]
                 self.engine.evaluation.switch(stood["evaluation"])
         if kept is None:
             self.state = self.engine.begin()

@@ -72,6 +72,7 @@ def write(
             "next_skin": engine.next_skin,
             "tunes": engine.tunes,
             "evaluation": engine.evaluation.how,
+            "choices": engine.evaluation.choices,
         },
         "potential": potential,
         "setup": setup.kept(),

@@ -32,7 +32,8 @@ def with_room(share: Share, headroom: float, before: Room | None) -> Share:
     """Add spare ghosts and edges: as many as there was room for before, more where that is too little.
 
     Sender and receiver know how many rows there are and how much room there was, so both find the same new
-    room without a word. Spare ghosts are copies of their owner's first atom, and no edge starts from them.
+    room without a word. Spare ghosts are copies of their owner's first atom. Spare edges lead from the last
+    row to the last owned atom, so that they are the last ones of both in any order (see `Groups.count`).
 
     Args:
         share: without spare rows.
@@ -55,13 +56,18 @@ def with_room(share: Share, headroom: float, before: Room | None) -> Share:
         wide[row] = column
         return wide
 
-    spare = edges[0] - n_edges
-    edge_index = torch.stack((row[graph.edge_index[0]], graph.edge_index[1]))
+    spare, (source, target) = edges[0] - n_edges, graph.edge_index
+    edge_index = torch.stack(
+        (
+            pad(row[source], (0, spare), value=gp.n_owned + sum(recv) - 1),
+            pad(target, (0, spare), value=gp.n_owned - 1),
+        )
+    )
     graph = replace(
         graph,
         numbers=spread(graph.numbers, graph.numbers[:1]),
         system=spread(graph.system, graph.system[:1]),
-        edge_index=pad(edge_index, (0, spare), value=gp.n_owned - 1),
+        edge_index=edge_index,
         shift=pad(graph.shift, (0, 0, 0, spare)),
         n_edges=torch.tensor(n_edges, device=device),
     )

@@ -1,6 +1,7 @@
 """Replay a whole evaluation on a GPU as one CUDA graph: a small system is bound by launching its kernels."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from weakref import WeakSet
 
@@ -64,7 +65,7 @@ class CapturedPotential:
         gp: GPContext,
         *,
         stress: bool = True,
-        listed_at: Tensor | None = None,
+        listed_at: tuple[Tensor, Tensor] | None = None,
         shorten: Shorten | None = None,
     ) -> Prediction:
         """Return energy, forces and stress; see `Potential.forward`. Collective.
@@ -74,7 +75,8 @@ class CapturedPotential:
             g: the graph.
             gp: this rank's share of it.
             stress: whether to compute the stress.
-            listed_at: positions for which the neighbour list was made; None are ``pos`` of the first call.
+            listed_at: positions and cell for which the neighbour list was made; None are those of the first
+                call.
             shorten: what makes a graph of fewer edges from positions and cell, which is then evaluated; it
                 becomes part of the capture. Another object is captured anew.
 
@@ -83,12 +85,15 @@ class CapturedPotential:
         """
         standing = self._capture
         if standing is None or not self._current or not standing.fits(g, gp, stress, shorten):
-            linked, self.needed = self._linked(pos if listed_at is None else listed_at, g, gp), None
-            if shorten is not None:
-                linked, self.needed = shorten(pos, g.cell)
-            if linked.links is None or pos.device.type != "cuda" or self.potential.training:
-                return self.potential(pos, linked, gp, stress=stress)
-            given = linked if shorten is None else g
+            if shorten is None:
+                then, cell = listed_at or (pos, g.cell)
+                linked = self.potential.linked(then.detach(), replace(g, cell=cell), gp, skin=self.skin)
+                given = now = replace(linked, cell=g.cell)
+                self.needed = None
+            else:
+                given, (now, self.needed) = g, shorten(pos, g.cell)
+            if now.links is None or pos.device.type != "cuda" or self.potential.training:
+                return self.potential(pos, now, gp, stress=stress)
             standing = _Capture(self.potential, pos, given, gp, stress, shorten)
             if not self.n_captures:
                 standing.warm_up()
@@ -108,11 +113,6 @@ class CapturedPotential:
     def release(self) -> None:
         """Give up the capture and its memory; the next call makes another one."""
         self._capture = self._memory = None
-
-    def _linked(self, pos: Tensor, g: AtomGraph, gp: GPContext) -> AtomGraph:
-        if pos.device.type != "cuda" or self.potential.training:
-            return replace(g, links=None)
-        return self.potential.linked(pos.detach(), g, gp, skin=self.skin)
 
 
 class _Memory:
@@ -164,8 +164,11 @@ class _Capture:
             self._graph.capture_begin(memory.pool)
             try:
                 self._result = self._call()
-            finally:
-                self._graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # says only that the capture was spoilt, not by what
+                    self._graph.capture_end()
+                raise
+            self._graph.capture_end()
 
     def fits(self, g: AtomGraph, gp: GPContext, stress: bool, shorten: Shorten | None) -> bool:
         """Return whether it was captured for these edges; tensors that are equal but others do not count."""

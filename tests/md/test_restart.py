@@ -14,7 +14,8 @@ from ase.build import bulk
 from ase.constraints import FixAtoms
 
 from gnnmd import PredictUnit
-from gnnmd.md import NVE, Langevin, Ramp, Simulation, shards
+from gnnmd.md import NVE, Langevin, Ramp, Simulation, loop, shards
+from gnnmd.md.evaluation import Evaluation
 from gnnmd.md.restart import read_atoms
 from gnnmd.md.setup import from_plain, to_plain
 from gnnmd.models.potential import Potential
@@ -174,6 +175,26 @@ def test_another_potential_is_refused_unless_it_is_meant(tmp_path):
     expected = float(lj.predict(simulation.atoms).energy[0])
     assert other.scalars()["potential_energy"] == pytest.approx(expected, abs=1e-9)
     assert expected != pytest.approx(simulation.scalars()["potential_energy"], abs=1)
+
+
+def test_a_machine_with_other_choices_chooses_again(tmp_path, monkeypatch):
+    """What a CPU found to be the fastest is no reason for a GPU not to try a CUDA graph."""
+    options = {"seed": 3, "restart": tmp_path / "r"}
+    begun = Simulation(crystal(), unit_on(None), HOT, **options).run(40)
+    chosen, known = [], loop.cheapest
+    monkeypatch.setattr("gnnmd.md.loop.cheapest", lambda *args: chosen.append(args) or known(*args))
+    Simulation.resume(tmp_path / "r", unit_on(None)).run(40)
+    assert not chosen
+
+    class Choosing(Evaluation):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.choices = ("standing", "compact")
+
+    monkeypatch.setattr("gnnmd.md.engine.Evaluation", Choosing)
+    again = Simulation.resume(tmp_path / "r", unit_on(None)).run(40)
+    assert again.step == begun.step + 80
+    assert len(chosen) == 1
 
 
 def test_a_new_simulation_does_not_replace_the_restarts_of_another(tmp_path):

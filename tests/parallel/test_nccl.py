@@ -47,6 +47,15 @@ def test_angles_and_narrow_shells_too(gpus, make):
         assert max(deviations(found, expected).values()) < 1e-10, deviations(found, expected)
 
 
+@pytest.mark.parametrize("make", [conservative, published])
+def test_edges_of_the_skin_and_spare_rows_change_nothing(gpus, make):
+    """Kernels read the edges of a source in its order, and leave out the spare ones at the end of it."""
+    batch = structure("unwrapped")
+    expected = one_rank(make(), batch)
+    for found in gpus.run(GPUS, many_ranks, make, batch, "auto", "all_to_all", 0.5, 0.2, timeout=120):
+        assert max(deviations(found, expected).values()) < 1e-10, deviations(found, expected)
+
+
 @pytest.fixture(scope="module")
 def workers() -> Iterator[PredictUnit]:
     with PredictUnit(network(), device="cuda", settings=ALONE.settings, workers=GPUS) as unit:

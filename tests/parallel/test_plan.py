@@ -166,6 +166,22 @@ def test_lists_with_room_begin_with_the_edges_and_end_with_spare_ones(pool):
         assert any(n < listed for n, listed in found)
 
 
+def ends_of_spares(group, batch: AtomBatch) -> tuple[int, bool]:
+    """Return how many spare edges there are, and whether all lead from the last row to the last atom."""
+    g, gp = (plan := plan_of(group, batch, headroom=0.2)).graph, plan.gp
+    assert gp.n_ghost > 0
+    spare = g.edge_index[:, int(g.n_edges) :]
+    last = torch.tensor([[gp.n_owned + gp.n_ghost - 1], [gp.n_owned - 1]])
+    return spare.shape[1], spare.equal(last.expand_as(spare))
+
+
+def test_spare_edges_are_the_last_of_any_source_and_target(pool):
+    """Sums over the edges of a source or target read so many as there are, in the order of either."""
+    for n_spare, at_the_end in pool.run(3, ends_of_spares, structure("unwrapped")):
+        assert n_spare > 0
+        assert at_the_end
+
+
 def test_shapes_survive_rebuilds_where_there_is_room(pool):
     batch = structure("unwrapped")
     for errors, n_shapes, roomy in pool.run(3, walk_with_room, batch, 0.2, 0.03):

@@ -1,6 +1,8 @@
 """Evaluations replayed as one CUDA graph."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from gnnmd.models.escn_md import EscnMDConfig
 from gnnmd.models.potential import Potential
 from gnnmd.parallel import GPContext, Ranks, build_plan
 from gnnmd.predict import InferenceSettings
-from gnnmd.predict.capture import CapturedPotential
+from gnnmd.predict.capture import CapturedPotential, _Capture
 from gnnmd.predict.evaluation import frozen_copy, own_arithmetic
 from tests.models.conformance import assert_same
 
@@ -76,12 +78,52 @@ def test_one_capture_serves_a_neighbour_list(model):
     assert captured.n_captures == 3
 
 
+class SpoiltGraph:
+    """A `torch.cuda.CUDAGraph` whose capture fails."""
+
+    def capture_begin(self, pool):
+        pass
+
+    def capture_end(self):
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_a_capture_that_fails_says_why(monkeypatch):
+    potential, batch = silver("cpu")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SpoiltGraph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(potential.backbone, "embed", lambda *_: torch.ones(2) @ torch.ones(3))
+    gp, graph = GPContext.single(len(batch.numbers)), potential.graph(batch)
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        _Capture(potential, batch.positions, graph, gp, True, None).capture(
+            SimpleNamespace(pool=None, stream=None)
+        )
+
+
 def test_without_a_gpu_it_is_a_call():
     potential, batch = silver("cpu")
     gp, captured = GPContext.single(len(batch.numbers)), CapturedPotential(potential, skin=SKIN)
     graph = potential.graph(batch)
     assert_same(captured(batch.positions, graph, gp), potential(batch.positions, graph, gp))
     assert captured.n_captures == 0
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=[pytest.mark.gpu, CUDA]), "cpu"])
+def test_a_cell_that_has_changed_since_the_list_was_made_hides_no_angle(device):
+    """Positions of then with the cell of now would take pairs through a face for too far apart."""
+    potential, batch = silver(device)
+    gp, captured = GPContext.single(len(batch.numbers)), CapturedPotential(potential, skin=SKIN)
+    wide = replace(neighbor_list(batch, potential.r_cut + SKIN), r_cut=potential.r_cut)
+    now = replace(batch, positions=1.3 * batch.positions, cell=1.3 * batch.cell)
+    graph = replace(potential.graph(batch, wide), cell=now.cell)
+    with own_arithmetic(batch.positions.device, tf32=False):
+        expected = potential(now.positions, potential.graph(now), gp)
+        found = captured(now.positions, graph, gp, listed_at=(batch.positions, batch.cell))
+        assert_same(found, expected)
+        captured.renew()
+        mixed = captured(now.positions, graph, gp, listed_at=(batch.positions, now.cell))
+    assert (mixed.forces - expected.forces).abs().max() > 1e-7
 
 
 @pytest.mark.parametrize("model", MODELS)
