@@ -145,10 +145,10 @@ def measure(share: RankPotential, n_atoms: int, options: dict[str, Any]) -> dict
 
     def recapture() -> None:
         engine.evaluation.begin_anew()
-        engine.call(s)
+        engine.call(s, exact=False)
 
     alone = clock.median(call, 7)
-    evaluated = clock.median(lambda: engine.call(s), 7)
+    evaluated = clock.median(lambda: engine.call(s, exact=False), 7)
     counts = torch.tensor([plan.gp.n_owned, plan.gp.n_ghost, graph.edge_index.shape[1]], device=share.device)
     return {
         "ranks": ranks.size,

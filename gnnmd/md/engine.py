@@ -249,7 +249,7 @@ class Engine:
             self._read(s, moved, allowed, used)
         else:
             self._worst = torch.maximum(self._worst, used)
-        self.call(s, stress=stress or self.wants_stress)
+        self.call(s, stress=stress or self.wants_stress, exact=self.was_read)
 
     def read_next(self) -> None:
         """Let the next evaluation look at the device: its step will be reported."""
@@ -263,11 +263,17 @@ class Engine:
         self._worst = torch.zeros_like(self._worst)
         self.evaluation.begin_anew()
 
-    def call(self, s: State, *, stress: bool = False) -> None:
-        """Evaluate the potential with the plan as it is. Collective."""
+    def call(self, s: State, *, stress: bool = False, exact: bool = True) -> None:
+        """Evaluate the potential with the plan as it is. Collective.
+
+        Args:
+            s: the state, which gets energy, forces and stress.
+            stress: whether to compute the stress.
+            exact: else the next reading shows whether lists had too little room.
+        """
         self.counters.evaluations += 1
         with own_arithmetic(s.positions.device, self._tf32):
-            p = self.evaluation(self.plan, s.positions, s.cell[None], stress=stress, exact=self.was_read)
+            p = self.evaluation(self.plan, s.positions, s.cell[None], stress=stress, exact=exact)
         if self.evaluation.lacked is not None:
             self._worst = torch.maximum(self._worst, TOO_MANY * self.evaluation.lacked)
         s.energy, s.forces = p.energy[0], p.forces

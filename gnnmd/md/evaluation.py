@@ -1,5 +1,6 @@
 """How a step is evaluated: which edges the network sees, and whether a GPU gets it as one CUDA graph."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -11,7 +12,7 @@ from gnnmd.graph.graph import AtomGraph
 from gnnmd.models.backbone import Backbone
 from gnnmd.models.potential import Prediction
 from gnnmd.parallel import Plan
-from gnnmd.predict.capture import CapturedPotential
+from gnnmd.predict.capture import CapturedPotential, CaptureFailure
 from gnnmd.predict.evaluation import RankPotential
 
 #: "compact" leaves out the edges in the skin at every step, for which the host waits for the device unless
@@ -36,7 +37,7 @@ class Evaluation:
             model can be captured, else "compact".
 
     Attributes:
-        choices: what may be the fastest; only ``how`` if it was given.
+        choices: what may be the fastest; only ``how`` if it was given. A capture that fails is none any more.
         how: one of `EVALUATIONS`.
         has_room: whether lists without the skin have room for more edges, so that the host need not know how
             many there are.
@@ -59,11 +60,7 @@ class Evaluation:
         self._potential, self._ranks = evaluator.potential, evaluator.ranks
         self._captured = CapturedPotential(evaluator.potential, evaluator.ranks)
         self._shorten: WithinCutoff | None = None
-        # How long lists were when they were made exactly the last time, the longest since, and by which part
-        # they have grown.
-        self._lengths: Sequence[int] = ()
-        self._longest: Tensor | None = None
-        self._growth: Sequence[float] = ()
+        self._growth = Growth()
 
     @property
     def spared(self) -> bool:
@@ -86,15 +83,17 @@ class Evaluation:
         if self.how == "compact":
             graph = self._compact(plan, positions, cell, exact)
             return self._potential(positions, graph, plan.gp, stress=stress)
-        graph = replace(plan.graph, cell=cell)
         if self.how == "standing":
-            return self._potential(positions, graph, plan.gp, stress=stress)
-        self._captured.skin = plan.skin
-        if self.has_room:
-            return self._replayed(plan, positions, graph, exact)
-        # Always with the stress: one capture serves all steps.
-        listed_at = plan.positions, plan.graph.cell
-        return self._captured(positions, graph, plan.gp, listed_at=listed_at)
+            return self._potential(positions, replace(plan.graph, cell=cell), plan.gp, stress=stress)
+        try:
+            return self._replayed(plan, positions, replace(plan.graph, cell=cell), exact)
+        except CaptureFailure as failure:
+            if len(self.choices) == 1:
+                raise
+            warnings.warn(f"{failure}. Steps are launched one by one instead", stacklevel=2)
+        self.choices = ("compact",)
+        self.switch("compact")
+        return self(plan, positions, cell, stress=stress, exact=exact)
 
     def switch(self, how: str) -> None:
         """Evaluate in another way from now on; on all ranks."""
@@ -113,15 +112,9 @@ class Evaluation:
         if self._shorten is None or exact:
             return self._listed(plan, positions, cell)
         graph, needed = self._shorten(positions, cell)
-        self.lacked = self._too_long(needed)
+        self._growth.note(needed)
+        self.lacked = (needed > self._shorten.limits).any()
         return graph
-
-    def _too_long(self, needed: Tensor) -> Tensor:
-        """Note how long lists should have been, and return whether that is too long."""
-        assert self._shorten is not None
-        known = needed if self._longest is None else self._longest
-        self._longest = torch.maximum(known, needed)
-        return (needed > self._shorten.limits).any()
 
     def _listed(self, plan: Plan, positions: Tensor, cell: Tensor) -> AtomGraph:
         """Return the same with exact lists, for which the host waits; see how much room steps will need."""
@@ -131,34 +124,57 @@ class Evaluation:
         backbone = self._potential.backbone
         links = backbone.links(graph, plan.gp.n_owned)
         lengths = graph.edge_index.shape[1], *(() if links is None else backbone.lengths(links))
-        self._shorten = WithinCutoff.of(plan, backbone, self._room(lengths))
+        self._shorten = WithinCutoff.of(plan, backbone, self._growth.room(lengths))
         return replace(graph, links=links)
 
-    def _room(self, lengths: Sequence[int]) -> list[int]:
-        """Return room for lists: for the longest of lately, and for growing as much once more."""
-        longest = list(lengths)
-        if self._longest is not None:
-            longest = [max(now, seen) for now, seen in zip(lengths, self._longest.tolist(), strict=True)]
-            growth = [most / max(old, 1) - 1 for most, old in zip(longest, self._lengths, strict=True)]
-            before = self._growth or growth
-            self._growth = [max(g, KEPT_SPARE * old) for g, old in zip(growth, before, strict=True)]
-        self._lengths, self._longest = lengths, None
-        spare = [min(max(g, 1 / SPARE), MOST_SPARE) for g in self._growth or [0.0] * len(lengths)]
-        return [ceil(n * (1 + part)) + FEWEST_SPARE for n, part in zip(longest, spare, strict=True)]
-
     def _replayed(self, plan: Plan, positions: Tensor, graph: AtomGraph, exact: bool) -> Prediction:
-        """Return the prediction for the edges within the cutoff, which are chosen in the CUDA graph too."""
+        """Return the prediction of a CUDA graph, for the edges within the cutoff if it can choose these.
+
+        Always with the stress: one capture serves all steps.
+        """
+        self._captured.skin = plan.skin
+        if not self.has_room:
+            listed_at = plan.positions, plan.graph.cell
+            return self._captured(positions, graph, plan.gp, listed_at=listed_at)
         if self._shorten is None:
             self._listed(plan, positions, graph.cell)
+        assert self._shorten is not None
         p = self._captured(positions, graph, plan.gp, shorten=self._shorten)
-        assert self._captured.needed is not None
-        lacked = self._too_long(self._captured.needed)
+        needed = self._captured.needed
+        assert needed is not None
+        self._growth.note(needed)
+        lacked = (needed > self._shorten.limits).any()
         if not exact:
             self.lacked = lacked
         elif self._ranks.max(lacked.int()):
             self.begin_anew()
             return self._potential(positions, self._listed(plan, positions, graph.cell), plan.gp)
         return p
+
+
+class Growth:
+    """How much longer lists become while nobody looks, and the room to give them."""
+
+    def __init__(self) -> None:
+        self._lengths: Sequence[int] = ()  # the last time that they were exactly as long as needed
+        self._longest: Tensor | None = None  # since then
+        self._grown: Sequence[float] = ()  # by which part
+
+    def note(self, needed: Tensor) -> None:
+        """Note how long lists should have been, ``[k]`` int64; the host does not wait."""
+        self._longest = needed.clone() if self._longest is None else torch.maximum(self._longest, needed)
+
+    def room(self, lengths: Sequence[int]) -> list[int]:
+        """Return room for lists so long now: for the longest of lately, and for growing as much again."""
+        longest = list(lengths)
+        if self._longest is not None:
+            longest = [max(now, seen) for now, seen in zip(lengths, self._longest.tolist(), strict=True)]
+            grown = [most / max(old, 1) - 1 for most, old in zip(longest, self._lengths, strict=True)]
+            before = self._grown or grown
+            self._grown = [max(g, KEPT_SPARE * old) for g, old in zip(grown, before, strict=True)]
+        self._lengths, self._longest = lengths, None
+        spare = [min(max(g, 1 / SPARE), MOST_SPARE) for g in self._grown or [0.0] * len(lengths)]
+        return [ceil(n * (1 + part)) + FEWEST_SPARE for n, part in zip(longest, spare, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,12 +55,12 @@ def _costs(engine: Engine, s: State, how: str) -> tuple[bool, float, float]:
     def rebuild() -> None:
         engine.plan.rebuild(s.positions, s.cell[None])
         engine.evaluation.switch(how)
-        engine.call(s)  # may capture, as the first one after a rebuild does
+        engine.call(s, exact=False)  # may capture, as the first one after a rebuild does
 
     if how != engine.evaluation.how:
         engine.evaluation.switch(how)
-        engine.call(s)  # may compile
-    both, calling = seconds(rebuild), seconds(lambda: engine.call(s))
+        engine.call(s, exact=False)  # may compile
+    both, calling = seconds(rebuild), seconds(lambda: engine.call(s, exact=False))
     found = torch.tensor([calling, max(both - calling, 0.0)], device=s.positions.device)
     calling, rebuilding = engine.ranks.max(found).tolist()
     return engine.evaluation.spared, calling, rebuilding

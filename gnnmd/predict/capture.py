@@ -28,6 +28,10 @@ def release_captures() -> None:
         captured.release()
 
 
+class CaptureFailure(RuntimeError):
+    """An evaluation could not be captured, for want of memory perhaps; raised on every rank."""
+
+
 class CapturedPotential:
     """A frozen potential that is captured once per neighbour list and replayed; called like the potential.
 
@@ -81,7 +85,7 @@ class CapturedPotential:
                 becomes part of the capture. Another object is captured anew.
 
         Raises:
-            RankFailure: a rank could not capture it.
+            CaptureFailure: a rank could not capture it.
         """
         standing = self._capture
         if standing is None or not self._current or not standing.fits(g, gp, stress, shorten):
@@ -97,10 +101,14 @@ class CapturedPotential:
             standing = _Capture(self.potential, pos, given, gp, stress, shorten)
             if not self.n_captures:
                 standing.warm_up()
-            with self.ranks.together("capturing a CUDA graph"):
-                if self._memory is None:
-                    self._memory = _Memory(pos.device)
-                standing.capture(self._memory)
+            try:
+                with self.ranks.together("capturing a CUDA graph"):
+                    if self._memory is None:
+                        self._memory = _Memory(pos.device)
+                    standing.capture(self._memory)
+            except RuntimeError as error:
+                self.release()
+                raise CaptureFailure(f"a step could not be captured as a CUDA graph: {error}") from error
             self._capture, self._current = standing, True
             self.n_captures += 1
         self.needed = standing.needed

@@ -17,6 +17,7 @@ from gnnmd.models.emt import emt
 from gnnmd.models.escn_md import EscnMDConfig
 from gnnmd.models.heads import FittingNetConfig
 from gnnmd.parallel import Ranks
+from gnnmd.predict.capture import CapturedPotential, CaptureFailure
 from gnnmd.predict.partitioned import PartitionedPotential
 
 EXACT = InferenceSettings(dtype="float64")
@@ -202,3 +203,28 @@ def test_room_follows_lists_that_grow(evaluation, monkeypatch):
     simulation = Simulation(crystal(), unit, NVE(4), temperature=900, skin=2.0, evaluation=evaluation).run(60)
     assert roomy.pop().evaluation.has_room
     assert 1 <= simulation.counters.repeated <= 2  # 5 and 4 times with 2 % of room
+
+
+def test_steps_that_cannot_be_captured_are_launched(monkeypatch):
+    def capture(self, *args, **options):
+        raise CaptureFailure("a step could not be captured as a CUDA graph: out of memory")
+
+    engines, begin = [], Engine.begin
+
+    def begin_with_a_choice(self: Engine, *args):
+        self.evaluation.choices = ("captured", "compact")
+        self.evaluation.switch("captured")
+        engines.append(self)
+        return begin(self, *args)
+
+    monkeypatch.setattr(CapturedPotential, "__call__", capture)
+    monkeypatch.setattr(Engine, "begin", begin_with_a_choice)
+    with pytest.warns(UserWarning, match="out of memory. Steps are launched one by one"):
+        end = Simulation(crystal(), unit(), NVE(timestep=5), **HOT).run(5).atoms
+    assert engines[0].evaluation.how == "compact"
+    monkeypatch.undo()
+    expected = Simulation(crystal(), unit(), NVE(timestep=5), **HOT).run(5).atoms
+    np.testing.assert_array_equal(end.positions, expected.positions)
+    monkeypatch.setattr(CapturedPotential, "__call__", capture)
+    with pytest.raises(CaptureFailure, match="out of memory"):  # it was asked for
+        Simulation(crystal(), unit(), NVE(timestep=5), **HOT, evaluation="captured")

@@ -37,7 +37,7 @@ def chosen(monkeypatch, *costs, travel):
     engine = SimpleNamespace(
         plan=SimpleNamespace(r_cut=6.0, skin=1.0, rebuild=lambda *_: done.append("rebuild")),
         ranks=Ranks(),
-        call=lambda _: done.append("call"),
+        call=lambda _, exact: done.append("call"),
         evaluation=Evaluation({f"way {i}": spared for i, (spared, *_) in enumerate(costs)}, done),
         travel=travel,
     )
