@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo   train on the built-in silver set, run MD, write a report (about 6 minutes on 2 cores)"
+	@echo "make demo   train on the built-in silver set, run MD, write a report (about 4 minutes on 2 cores)"
 	@echo "make test   run the test suite"
 	@echo "make check  format, lint, types, import contracts"
 	@echo "make test-slow  the long physics checks"
