@@ -120,8 +120,9 @@ def diffusion(unit: PredictUnit, seed: int) -> float:
 
 @pytest.mark.slow
 def test_atoms_of_the_liquid_diffuse_as_with_the_exact_forces():
-    """The network takes four minutes of one core. Runs of 30 ps scatter by 3 to 4 %."""
-    found = diffusion(PredictUnit.from_checkpoint("silver", device="cpu"), seed=1)
+    """The network takes seven minutes of one core. Runs of 30 ps scatter by 3 to 4 %."""
+    network = PredictUnit.from_checkpoint("silver", device="cpu")
+    found = np.mean([diffusion(network, seed) for seed in (1, 2)])
     exact = np.mean([diffusion(oracle(), seed) for seed in range(1, 5)])
     print(f"diffusion {found:.3g} cm^2/s, with the exact forces {exact:.3g}")
-    assert found == pytest.approx(exact, rel=0.12)
+    assert found == pytest.approx(exact, rel=0.1)
