@@ -222,9 +222,18 @@ def test_steps_that_cannot_be_captured_are_launched(monkeypatch):
     with pytest.warns(UserWarning, match="out of memory. Steps are launched one by one"):
         end = Simulation(crystal(), unit(), NVE(timestep=5), **HOT).run(5).atoms
     assert engines[0].evaluation.how == "compact"
+    assert engines[0].evaluation.choices == ("compact",)  # it is not tried again
     monkeypatch.undo()
     expected = Simulation(crystal(), unit(), NVE(timestep=5), **HOT).run(5).atoms
     np.testing.assert_array_equal(end.positions, expected.positions)
     monkeypatch.setattr(CapturedPotential, "__call__", capture)
     with pytest.raises(CaptureFailure, match="out of memory"):  # it was asked for
         Simulation(crystal(), unit(), NVE(timestep=5), **HOT, evaluation="captured")
+
+
+def test_what_was_found_to_be_cheapest_is_taken(monkeypatch):
+    engines = with_room(monkeypatch)
+    monkeypatch.setattr("gnnmd.md.loop.cheapest", lambda *_: ("standing", 0.4))
+    simulation = Simulation(crystal(), unit(), NVE(timestep=5), temperature=300).run(40)
+    assert simulation.counters.skin == 0.4
+    assert engines[0].evaluation.how == "standing"

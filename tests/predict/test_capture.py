@@ -191,3 +191,16 @@ def test_lists_that_are_too_short_are_noticed(short):
     graph, needed = WithinCutoff.of(plan, backbone, room)(plan.positions, batch.cell)
     assert needed[short] == room[short] + 1
     assert potential(plan.positions, graph, plan.gp).forces.isfinite().all()
+
+
+@pytest.mark.parametrize("spare", [None, 9])
+def test_lists_come_with_the_order_of_their_sums(spare):
+    potential, batch = silver("cpu", "dpa3")
+    backbone, n = potential.backbone, len(batch.numbers)
+    g = potential.graph(batch).with_positions(batch.positions, batch.cell)
+    (found,) = exact = backbone.links(g, n)
+    if spare is not None:
+        (found,) = backbone.links(g, n, room=[length + spare for length in backbone.lengths(exact)])
+    for groups in (found.source, found.target, found.ij, found.ik):
+        order = torch.arange(len(groups.index)) if groups.order is None else groups.order
+        assert order.equal(torch.argsort(groups.index, stable=True))
