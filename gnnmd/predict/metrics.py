@@ -131,7 +131,8 @@ def _error_sums(prediction: Tensor, label: Tensor) -> Tensor:
 
     Only a missing label is left out: a prediction that is NaN must show.
     """
-    prediction, label = prediction.detach().double().reshape(len(label), -1), label.reshape(len(label), -1)
+    # reshape(n, -1) would not do: a rank may own no atom
+    prediction, label = prediction.detach().double()[:, None].flatten(1), label[:, None].flatten(1)
     known = ~label.isnan()
     error = (prediction - label).masked_fill(~known, 0.0)
     return torch.stack([error.abs().sum(1), error.square().sum(1), known.sum(1).to(error.dtype)], -1)

@@ -361,6 +361,53 @@ def test_memory_per_rank_does_not_grow_with_the_number_of_ranks(pool):
     assert all(ghosts > 0 for _, ghosts in many)
 
 
+class RowsOfAll(TorchDispatchMode):
+    """Notes what gives a rank a row for each of N atoms: tensors of N rows, all-gathers, long mail."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor) and self.n in x.shape:
+                self.found.add(str(function))
+        if "allgather" in str(function) or "alltoall" in str(function) and len(args[0]) >= self.n:
+            self.found.add(str(function))
+        return out
+
+
+def rows_of_all(group, gather: bool) -> set[str]:
+    """Build, judge, rebuild and evaluate a plan of a rod, of which each rank makes a piece itself."""
+    ranks, r_cut = Ranks(group), R_CUT
+    piece = bulk("Ag", "fcc", a=4.09, cubic=True) * (2, 2, 6)
+    whole = piece.cell.array * [[1], [1], [ranks.size]]
+    n = len(piece)
+    piece.rattle(0.1, seed=ranks.rank)
+    piece.set_cell(whole)
+    piece.positions[:, 2] += ranks.rank * whole[2, 2] / ranks.size
+    batch = AtomBatch.from_ase(piece)
+    with RowsOfAll(n * ranks.size) as rows:
+        plan = build_plan(batch, torch.arange(n) + ranks.rank * n, r_cut, ranks, skin=0.3, backend="torch")
+        moved = plan.positions + 0.2
+        assert plan.moved_too_far(moved, batch.cell)
+        plan = plan.rebuild(moved, batch.cell)
+        p = emt().eval()(moved, plan.within_cutoff(moved, batch.cell), plan.gp)
+        if gather:
+            plan.gather_owned(p.forces)
+    return rows.found
+
+
+def test_no_rank_ever_has_a_row_for_every_atom(pool):
+    """Edges outnumber atoms, so the largest tensor alone would not tell."""
+    assert pool.run(4, rows_of_all, False) == [set()] * 4
+    assert all(
+        "allgather" in str(found) and "new_empty" in str(found) for found in pool.run(4, rows_of_all, True)
+    )
+
+
 def pieces_in_disorder(group, batch: AtomBatch) -> tuple[float, torch.Tensor]:
     """Everything is on rank 1 at first, in another order, with its velocities."""
     ranks = Ranks(group)

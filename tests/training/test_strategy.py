@@ -208,6 +208,18 @@ def test_a_run_is_continued_on_another_mesh(config, pool, tmp_path):
         fit(None, replace(config, resume=folder))
 
 
+@pytest.mark.parametrize("heads", ["conservative", "direct"])
+def test_a_rank_without_atoms_trains_along(config, pool, heads, tmp_path):
+    """One or two atoms on three ranks."""
+    images = [labelled(bulk("Cu", cubic=True)[:n], n, stress=False) for n in (1, 2)]
+    ase.io.write(tmp_path / "few.xyz", images)
+    files = {"train": str(tmp_path / "few.xyz"), "val": str(tmp_path / "few.xyz")}
+    config = replace(config, heads=heads, data=DataConfig(**files, max_frames=1))
+    config.trainer = replace(config.trainer, max_epochs=2, validate_every=1)
+    found, ranks = on_ranks(pool, meshed(config, 3, 1))
+    assert_same(found, ranks, fit(None, config), 1e-8)
+
+
 def test_memory_that_runs_out_on_one_rank_ends_all(config, pool):
     with pytest.raises(RankError, match="no memory left on this rank"):
         pool.run(2, fail, meshed(config, 2, 1), 1)
