@@ -19,8 +19,8 @@ from gnnmd.graph.geometry import edge_vectors
 from gnnmd.graph.graph import AtomGraph
 from gnnmd.graph.nearest import cut_between_atoms
 from gnnmd.kernels.operations import edge_operations
-from gnnmd.models.backbone import Backbone, SystemSum
-from gnnmd.nn.activations import DegreeGate, SphereSiLU, node_grid
+from gnnmd.models.backbone import Backbone, Block, SystemSum
+from gnnmd.nn.activations import SphereSiLU, degree_gate, node_grid
 from gnnmd.nn.edge_operations import EdgeOperations, Orders
 from gnnmd.nn.embeddings import (
     CHARGE_RANGE,
@@ -36,7 +36,7 @@ from gnnmd.nn.radial import GaussianBasis, envelope
 from gnnmd.nn.recompute import recomputed
 from gnnmd.nn.scatter import Groups
 from gnnmd.nn.so2 import SO2Linear
-from gnnmd.nn.so3 import SO3Linear, n_rows
+from gnnmd.nn.so3 import SO3Linear, n_rows, split_degrees
 from gnnmd.nn.wigner import WignerD, edge_frames
 
 #: Divides the sum of the edge-degree embedding, so that it stays of order one for usual numbers of
@@ -345,13 +345,13 @@ class SpectralFeedForward(nn.Module):
         lmax, c, hidden = config.lmax, config.channels, config.hidden_channels
         self.gates = ExpertLinear(c, lmax * hidden, experts=experts)
         self.linear_1 = SO3Linear(lmax, c, hidden)
-        self.activation = DegreeGate(lmax)
         self.linear_2 = SO3Linear(lmax, hidden, c)
 
     def forward(self, x: Tensor, routing: Routing | None) -> Tensor:
         """Map ``[n, S, C]`` to ``[n, S, C]``."""
-        gates = F.silu(self.gates(x[:, 0], routing))
-        return self.linear_2(self.activation(self.linear_1(x), gates))
+        rows = split_degrees(x)
+        gates = F.silu(self.gates(rows[0].squeeze(1), routing))
+        return torch.cat(self.linear_2(degree_gate(self.linear_1(rows), gates)), dim=1)
 
 
 class GridFeedForward(nn.Module):
@@ -376,7 +376,7 @@ class GridFeedForward(nn.Module):
         return self.grid.to_coefficients(self.layers[2](f, routing).unflatten(0, (n, points)))
 
 
-class EdgeDegreeBlock(nn.Module):
+class EdgeDegreeBlock(Block):
     """Adds the edge-degree embedding.
 
     It is the first block of the loop, not part of the embedding of atoms: it needs the edges of a row, which
@@ -387,14 +387,12 @@ class EdgeDegreeBlock(nn.Module):
         super().__init__()
         self.edge_degree = EdgeDegree(config)
 
-    def forward(
-        self, h_all: Tensor, basis: EscnBasis, g: AtomGraph, n_owned: int
-    ) -> tuple[Tensor, EscnBasis]:
-        """Map ``[n_all, S, C]`` to ``[n_owned, S, C]``."""
-        return h_all[:n_owned] + self.edge_degree(h_all, basis) / EDGE_DEGREE_SCALE, basis
+    def forward(self, h: Tensor, x_all: Tensor, basis: EscnBasis, g: AtomGraph) -> tuple[Tensor, EscnBasis]:
+        """Map ``[n_owned, S, C]`` to ``[n_owned, S, C]``."""
+        return h + self.edge_degree(x_all, basis) / EDGE_DEGREE_SCALE, basis
 
 
-class EscnBlock(nn.Module):
+class EscnBlock(Block):
     """One layer: messages, then a network per atom, each on normalised features and added on."""
 
     def __init__(self, config: EscnMDConfig, layer: int):
@@ -406,13 +404,14 @@ class EscnBlock(nn.Module):
         feed_forward = SpectralFeedForward if config.feed_forward == "spectral" else GridFeedForward
         self.feed_forward = feed_forward(config, experts[3])
 
-    def forward(
-        self, h_all: Tensor, basis: EscnBasis, g: AtomGraph, n_owned: int
-    ) -> tuple[Tensor, EscnBasis]:
-        """Map ``[n_all, S, C]`` to ``[n_owned, S, C]``."""
-        x = self.norm_1(h_all)
-        x[:, 0] += basis.system.index_select(0, g.system)
-        h = h_all[:n_owned] + self.edge_convolution(x, basis)
+    def outgoing(self, h: Tensor, basis: EscnBasis, g: AtomGraph) -> Tensor:
+        """Return normalised rows, with their system in the scalars."""
+        system = basis.system
+        return self.norm_1(h, system if len(system) == 1 else system.index_select(0, g.system[: len(h)]))
+
+    def forward(self, h: Tensor, x_all: Tensor, basis: EscnBasis, g: AtomGraph) -> tuple[Tensor, EscnBasis]:
+        """Map ``[n_owned, S, C]`` to ``[n_owned, S, C]``."""
+        h = h + self.edge_convolution(x_all, basis)
         return h + self.feed_forward(self.norm_2(h), basis.routing), basis
 
 
