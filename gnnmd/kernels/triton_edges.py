@@ -9,13 +9,14 @@ import triton
 from torch import Tensor, nn
 
 from gnnmd.kernels import triton_edge_kernels as kernels
+from gnnmd.kernels.triton_operations import TritonLoops
 from gnnmd.nn.edge_operations import EdgeOperations, Orders
-from gnnmd.nn.scatter import Groups
+from gnnmd.nn.scatter import Groups, pair_rows
 
 #: Channels that a program handles where it need not have all of them, and numbers in a tile of whole rows.
 COLUMNS, TILE = 128, 1024
 
-REFERENCE = EdgeOperations()
+REFERENCE, LOOPS = EdgeOperations(), TritonLoops()
 
 
 class TritonEdgeOperations(EdgeOperations):
@@ -44,6 +45,10 @@ class TritonEdgeOperations(EdgeOperations):
         if len(x) > 3 or {t.dtype for t in (d, *x)} != {dtype}:
             return super().sums(d, x, target, dtype)
         return _Sums.apply(d, target, *x)
+
+    def pair_rows(self, x: Tensor, i: Groups, y: Tensor, j: Groups) -> Tensor:
+        """See `EdgeOperations`."""
+        return pair_rows(x, i, y, j, loops=LOOPS)
 
     def activated_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """See `EdgeOperations`; derivatives by parameters are torch's."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gnnmd.nn.scatter import Groups
+from gnnmd.nn.scatter import Groups, pair_rows
 from gnnmd.nn.so2 import rows_per_order
 
 
@@ -101,6 +101,10 @@ class EdgeOperations:
         rows = torch.cat(list(x), dim=1).unflatten(1, (d.shape[1], -1))
         messages = torch.bmm(d.transpose(1, 2), rows).to(dtype)
         return messages.new_zeros(target.n, *messages.shape[1:]).index_add(0, target.index, messages)
+
+    def pair_rows(self, x: Tensor, i: Groups, y: Tensor, j: Groups) -> Tensor:
+        """Return ``[E, C]``, x_i + y_j."""
+        return pair_rows(x, i, y, j)
 
     def activated_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """Return SiLU of a normalised ``[E, C]``."""
