@@ -267,12 +267,14 @@ class EscnBasis:
         recompute: whether what is computed for a piece is computed again in the backward pass.
         system: ``[B, C]`` embedding of charge, spin and data set.
         routing: experts of the owned atoms, or None.
+        ops: what layers consist of besides matrix products.
     """
 
     edges: list[Edges]
     recompute: bool
     system: Tensor
     routing: Routing | None
+    ops: EdgeOperations
 
 
 class EdgeSum(nn.Module):
@@ -417,12 +419,13 @@ class EscnBlock(Block):
     def outgoing(self, h: Tensor, basis: EscnBasis, g: AtomGraph) -> Tensor:
         """Return normalised rows, with their system in the scalars."""
         system = basis.system
-        return self.norm_1(h, system if len(system) == 1 else system.index_select(0, g.system[: len(h)]))
+        system = system if len(system) == 1 else system.index_select(0, g.system[: len(h)])
+        return basis.ops.degree_norm(h, self.norm_1, system)
 
     def forward(self, h: Tensor, x_all: Tensor, basis: EscnBasis, g: AtomGraph) -> tuple[Tensor, EscnBasis]:
         """Map ``[n_owned, S, C]`` to ``[n_owned, S, C]``."""
         h = h + self.edge_convolution(x_all, basis)
-        return h + self.feed_forward(self.norm_2(h), basis.routing), basis
+        return h + self.feed_forward(basis.ops.degree_norm(h, self.norm_2), basis.routing), basis
 
 
 class EscnMD(Backbone):
@@ -492,7 +495,7 @@ class EscnMD(Backbone):
         ]
         recompute = self.edge_chunk is not None and self.edge_chunk < len(target)
         owned = torch.arange(n_owned, device=target.device)
-        return EscnBasis(edges, recompute, system, routing(owned))
+        return EscnBasis(edges, recompute, system, routing(owned), ops)
 
     def links(
         self, g: AtomGraph, n_owned: int, skin: float = 0.0, room: Sequence[int] | None = None
