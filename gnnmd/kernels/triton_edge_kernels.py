@@ -219,6 +219,54 @@ def gated_back(
 
 
 @triton.jit
+def _centred(x_at, power_at, C, EPS: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr):
+    """Return the rows of an atom with scalars of mean 0, and the root mean square of each with eps."""
+    s, c = tl.arange(0, BS), tl.arange(0, BC)
+    inside = (s < S)[:, None] & (c < C)[None, :]
+    x = tl.load(x_at + s[:, None] * C + c[None, :], mask=inside, other=0.0)
+    x = tl.where(inside & (s == 0)[:, None], x - (tl.sum(x, axis=1) / C)[:, None], x)
+    pairs = (s < S)[:, None] & (s < S)[None, :]
+    share = tl.load(power_at + s[:, None] * S + s[None, :], mask=pairs, other=0.0)
+    return x, tl.sqrt(tl.sum((tl.sum(x * x, axis=1) / C)[:, None] * share, axis=0) + EPS), share
+
+
+@triton.jit
+def degree_norm(
+    x_at, weight_at, degree_at, power_at, bias_at, each, y_at, C,
+    EPS: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Store the rows of an atom over their root mean square, times weights, plus a bias of the scalars."""
+    n = tl.program_id(0).to(tl.int64)
+    s, c = tl.arange(0, BS), tl.arange(0, BC)
+    x, width, _ = _centred(x_at + n * S * C, power_at, C, EPS, S, BS, BC)
+    degree = tl.load(degree_at + s, mask=s < S, other=0)
+    weight = tl.load(weight_at + degree[:, None] * C + c[None, :], mask=(c < C)[None, :], other=0.0)
+    bias = tl.load(bias_at + n * each * C + c, mask=c < C, other=0.0)
+    y = x / width[:, None] * weight + tl.where((s == 0)[:, None], bias[None, :], 0.0)
+    tl.store(y_at + (n * S + s[:, None]) * C + c[None, :], y, mask=(s < S)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def degree_norm_back(
+    x_at, weight_at, degree_at, power_at, g_at, each, dx_at, C,
+    EPS: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Store the derivative of `degree_norm` by x for g, that by y."""
+    n = tl.program_id(0).to(tl.int64)
+    s, c = tl.arange(0, BS), tl.arange(0, BC)
+    rows = (n * S + s[:, None]) * C + c[None, :]
+    inside = (s < S)[:, None] & (c < C)[None, :]
+    x, width, share = _centred(x_at + n * S * C, power_at, C, EPS, S, BS, BC)
+    degree = tl.load(degree_at + s, mask=s < S, other=0)
+    g = tl.load(g_at + rows, mask=inside, other=0.0)
+    g = g * tl.load(weight_at + degree[:, None] * C + c[None, :], mask=(c < C)[None, :], other=0.0)
+    by_width = tl.sum(g * x, axis=1) / (width * width * width)
+    dx = g / width[:, None] - x * (tl.sum(share * by_width[None, :], axis=1) / C)[:, None]
+    dx = tl.where(inside & (s == 0)[:, None], dx - (tl.sum(dx, axis=1) / C)[:, None], dx)
+    tl.store(dx_at + rows, dx, mask=inside)
+
+
+@triton.jit
 def activated_norm(x_at, weight_at, bias_at, y_at, E, C, eps, BE: tl.constexpr, BC: tl.constexpr):
     """Store SiLU of rows with mean 0 and variance 1, times weight plus bias."""
     e, c = (tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE))[:, None], tl.arange(0, BC)[None, :]

@@ -9,13 +9,15 @@ import triton
 from torch import Tensor, nn
 
 from gnnmd.kernels import triton_edge_kernels as kernels
+from gnnmd.kernels.triton_operations import TritonLoops
 from gnnmd.nn.edge_operations import EdgeOperations, Orders
-from gnnmd.nn.scatter import Groups
+from gnnmd.nn.norms import EPS, DegreeNorm
+from gnnmd.nn.scatter import Groups, pair_rows
 
 #: Channels that a program handles where it need not have all of them, and numbers in a tile of whole rows.
 COLUMNS, TILE = 128, 1024
 
-REFERENCE = EdgeOperations()
+REFERENCE, LOOPS = EdgeOperations(), TritonLoops()
 
 
 class TritonEdgeOperations(EdgeOperations):
@@ -44,6 +46,17 @@ class TritonEdgeOperations(EdgeOperations):
         if len(x) > 3 or {t.dtype for t in (d, *x)} != {dtype}:
             return super().sums(d, x, target, dtype)
         return _Sums.apply(d, target, *x)
+
+    def pair_rows(self, x: Tensor, i: Groups, y: Tensor, j: Groups) -> Tensor:
+        """See `EdgeOperations`."""
+        return pair_rows(x, i, y, j, loops=LOOPS)
+
+    def degree_norm(self, x: Tensor, norm: DegreeNorm, shift: Tensor | None = None) -> Tensor:
+        """See `EdgeOperations`; derivatives by parameters are torch's."""
+        trained = norm.weight.requires_grad or (shift is not None and shift.requires_grad)
+        if trained or x.dtype != norm.weight.dtype:
+            return super().degree_norm(x, norm, shift)
+        return _DegreeNorm.apply(x, norm, norm.bias[None] if shift is None else norm.bias + shift)
 
     def activated_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """See `EdgeOperations`; derivatives by parameters are torch's."""
@@ -193,6 +206,42 @@ def _launch_gated(kernel: Any, features: list[Sequence[Tensor]], lmax: int, chan
         kernel[(len(y[0]), triton.cdiv(channels, columns))](
             *(t for x in features for t in _three(x)), channels, N=rows, L=lmax, BC=columns, num_warps=1
         )
+
+
+class _DegreeNorm(torch.autograd.Function):
+    """See `EdgeOperations.degree_norm`, with the bias ``[1 or n, C]``; of parameters it is no function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: DegreeNorm, bias: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        ctx.norm = norm
+        y = torch.empty_like(x)
+        _launch_degree_norm(kernels.degree_norm, norm, x, bias.contiguous(), y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), norm = ctx.saved_tensors, ctx.norm
+        if torch.is_grad_enabled():
+
+            def again(x: Tensor) -> list[Tensor]:
+                return [norm(x)]
+
+            return *_derivatives(again, [x], [True], [g]), None, None
+        dx = torch.empty_like(x)
+        _launch_degree_norm(kernels.degree_norm_back, norm, x, g.contiguous(), dx)
+        return dx, None, None
+
+
+def _launch_degree_norm(kernel: Any, norm: DegreeNorm, x: Tensor, second: Tensor, result: Tensor) -> None:
+    """Launch `kernels.degree_norm` with a bias, or its derivative with g."""
+    n, s, c = x.shape
+    if x.numel():
+        kernel[(n,)](
+            x, norm.weight, norm.degree, norm.mean_power.to(x.dtype), second, int(len(second) > 1), result, c,
+            EPS=EPS, S=s, BS=triton.next_power_of_2(s), BC=triton.next_power_of_2(c), num_warps=4,
+        )  # fmt: skip
 
 
 class _ActivatedNorm(torch.autograd.Function):

@@ -12,12 +12,24 @@ from gnnmd.parallel import GPContext
 SystemSum = Callable[[Tensor], Tensor]
 
 
+class Block(nn.Module):
+    """One step of message passing: ``block(h, x_all, basis, g) -> (h, basis)``.
+
+    With rows h of the owned atoms, and of owned + ghost atoms what `outgoing` made of theirs.
+    """
+
+    def outgoing(self, h: Tensor, basis: Any, g: AtomGraph) -> Tensor:
+        """Return what neighbours read of rows ``[n, ...]`` of the first n atoms; of the same shape."""
+        return h
+
+
 class Backbone(nn.Module):
     """Message passing on owned + ghost atoms; subclasses are the models.
 
-    A model provides `edge_basis`, `embed`, the `blocks` and the final `norm`. Blocks take owned + ghost rows
-    and return owned rows; they never see a rank. What edges and angles carry is in the basis: they belong to
-    owned atoms and never travel, so a block may return another basis for the next one.
+    A model provides `edge_basis`, `embed`, the `blocks` and the final `norm`. Blocks take owned rows,
+    and of owned + ghost atoms what neighbours read, and return owned rows; they never see a rank. What edges
+    and angles carry is in the basis: they belong to owned atoms and never travel, so a block may return
+    another basis for the next one.
 
     Attributes:
         r_cut: cutoff, Angstrom.
@@ -38,7 +50,7 @@ class Backbone(nn.Module):
         compilable: whether `torch.compile` gives the same forces (tested).
         kernels: which version of its operations a model uses that has several, see `gnnmd.kernels`. May be
             set at any time.
-        blocks: modules with the signature ``block(h_all, basis, g, n_owned) -> (h_owned, basis)``.
+        blocks: see `Block`.
         norm: module applied to the last owned rows.
     """
 
@@ -112,10 +124,15 @@ class Backbone(nn.Module):
             return gp.sum_shared(partial)
 
         basis = self.edge_basis(g, gp.n_owned, system_sum)
-        h_all = self.embed(g, basis)
+        rows = self.embed(g, basis)
+        h = rows[: gp.n_owned]
         for i, block in enumerate(self.blocks):
-            h, basis = block(h_all, basis, g, gp.n_owned)
+            assert isinstance(block, Block)
+            if i == 0:
+                x_all = block.outgoing(rows, basis, g)
+            else:
+                x = block.outgoing(h, basis, g)
+                x_all = gp.between_layers.exchange(x)  # the one line that knows others exist
+            h, basis = block(h, x_all, basis, g)
             h = self.after_block(i, h, g, system_sum)
-            if i + 1 < len(self.blocks):
-                h_all = gp.between_layers.exchange(h)  # the one line that knows others exist
         return self.norm(h)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from gnnmd.graph.geometry import edge_vectors
 from gnnmd.graph.graph import AtomGraph
 from gnnmd.graph.nearest import cut_between_atoms, nearness
-from gnnmd.models.backbone import Backbone, SystemSum
+from gnnmd.models.backbone import Backbone, Block, SystemSum
 from gnnmd.models.dpa2_config import DPA2Config, RepformerConfig, RepinitConfig
 from gnnmd.models.heads import FittingNet
 from gnnmd.models.potential import Potential
@@ -106,7 +106,7 @@ class ElementNet(nn.Module):
         return self.net(x) * (1 + switch * factor)
 
 
-class Repinit(nn.Module):
+class Repinit(Block):
     """First block: what surrounds an atom, from the elements of its neighbours."""
 
     def __init__(self, config: DPA2Config):
@@ -122,10 +122,8 @@ class Repinit(nn.Module):
             self.transform_element = dense(c.tebd_dim, out, bias=False)
         self.act = activation(config.repformer.activation_function)
 
-    def forward(
-        self, h_all: Tensor, basis: DPA2Basis, g: AtomGraph, n_owned: int
-    ) -> tuple[Tensor, DPA2Basis]:
-        """Map embeddings of elements ``[n_all, tebd_dim]`` to ``[n_owned, g1_dim]``."""
+    def forward(self, h: Tensor, h_all: Tensor, basis: DPA2Basis, g: AtomGraph) -> tuple[Tensor, DPA2Basis]:
+        """Map embeddings of elements ``[n_owned, tebd_dim]`` to ``[n_owned, g1_dim]``."""
         rows: list[Tensor] = []
         for piece in basis.pieces:
             found = partial(self._found, piece.shells)
@@ -136,7 +134,7 @@ class Repinit(nn.Module):
                 rows += found(*inputs)
         g1 = torch.cat(rows)
         if self.transform_element is not None:
-            g1 = g1 + self.transform_element(h_all[:n_owned])
+            g1 = g1 + self.transform_element(h)
         return self.act(g1), basis
 
     def _found(self, shells: list[Shell], elements: Tensor, *geometry: Tensor) -> tuple[Tensor]:
@@ -165,7 +163,7 @@ class Repinit(nn.Module):
         return (c * features).sum((1, 2)) / shell.room**2
 
 
-class Repformer(nn.Module):
+class Repformer(Block):
     """One layer; all its updates read what it was given, none reads another.
 
     Args:
@@ -192,7 +190,7 @@ class Repformer(nn.Module):
         self.g1_update = update(c.g1_updates, c.g1_dim)
         inside = c.update_g1_has_conv and not c.g1_out_conv
         key_value = (c.attn1_hidden + c.g1_dim) * c.attn1_nhead
-        self.sent = [c.g1_dim, c.g2_dim * inside, key_value * c.update_g1_has_attn]
+        self.sent_widths = [c.g1_dim, c.g2_dim * inside, key_value * c.update_g1_has_attn]
         if last:
             return
         self.edge_mlp = dense(c.g2_dim, c.g2_dim)
@@ -208,10 +206,8 @@ class Repformer(nn.Module):
             self.pair_vectors = PairVectors(c.attn2_nhead)
             self.h2_update = update(1, 1)
 
-    def forward(
-        self, h_all: Tensor, basis: DPA2Basis, g: AtomGraph, n_owned: int
-    ) -> tuple[Tensor, DPA2Basis]:
-        """Map ``[n_all, g1_dim]`` to ``[n_owned, g1_dim]``."""
+    def forward(self, h: Tensor, h_all: Tensor, basis: DPA2Basis, g: AtomGraph) -> tuple[Tensor, DPA2Basis]:
+        """Map ``[n_owned, g1_dim]`` to ``[n_owned, g1_dim]``."""
         rows, pieces, sent = [], [], self._sent(h_all)
         for piece in basis.pieces:
             inputs = sent, piece.near.switch, piece.g2, piece.h2
@@ -224,7 +220,7 @@ class Repformer(nn.Module):
         return torch.cat(rows), replace(basis, pieces=pieces)
 
     def _sent(self, g1_all: Tensor) -> Tensor:
-        """Return what atoms send to their neighbours, ``[n_all, sum of sent]``: g1 and linear maps of it."""
+        """Return what atoms send to their neighbours, ``[n_all, sum of widths]``: g1 and maps of it."""
         sent = [g1_all]
         if self.project_conv is not None and not self.config.g1_out_conv:
             sent.append(self.project_conv(g1_all))
@@ -238,7 +234,7 @@ class Repformer(nn.Module):
         """Return the new g1 of the atoms of a piece, and g2 and h2 of its edges where they are read again."""
         shell = replace(piece.near, switch=switch)
         g1 = sent.narrow(0, piece.first, piece.n_atoms).narrow(1, 0, self.config.g1_dim)
-        received = sent.index_select(0, shell.source).split(self.sent, dim=1)
+        received = sent.index_select(0, shell.source).split(self.sent_widths, dim=1)
         new = self._atoms(shell, g1, received, g2, h2)
         return (new,) if self.last else (new, *self._edges(shell, g1, received[0], g2, h2))
 

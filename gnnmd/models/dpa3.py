@@ -23,7 +23,7 @@ from gnnmd.graph.graph import AtomGraph
 from gnnmd.graph.nearest import cut_between_atoms, nearness
 from gnnmd.graph.selection import first_of
 from gnnmd.kernels.operations import Operations, operations
-from gnnmd.models.backbone import Backbone, SystemSum
+from gnnmd.models.backbone import Backbone, Block, SystemSum
 from gnnmd.models.dpa3_config import DPA3Config
 from gnnmd.models.heads import FittingNet
 from gnnmd.models.potential import Potential
@@ -124,7 +124,7 @@ class DPA3Basis:
     recompute: bool
 
 
-class RepFlow(nn.Module):
+class RepFlow(Block):
     """One layer: updates of atoms, edges and angles, added to their features."""
 
     def __init__(self, config: DPA3Config, layer: int):
@@ -155,10 +155,8 @@ class RepFlow(nn.Module):
             self.angle_self = SplitLinear([a, n_read, e_read, e_read], a)
             self.angle_update = update(1, a)
 
-    def forward(
-        self, h_all: Tensor, basis: DPA3Basis, g: AtomGraph, n_owned: int
-    ) -> tuple[Tensor, DPA3Basis]:
-        """Map ``[n_all, n_dim]`` to ``[n_owned, n_dim]``."""
+    def forward(self, h: Tensor, h_all: Tensor, basis: DPA3Basis, g: AtomGraph) -> tuple[Tensor, DPA3Basis]:
+        """Map ``[n_owned, n_dim]`` to ``[n_owned, n_dim]``."""
         sent = self.node_edge.part(1, h_all)  # [n_all, heads * n_dim]
         sent_to_edges = self.edge_self.part(1, h_all) if self.moves_edges else sent[:, :0]
         atoms, shells = [], []

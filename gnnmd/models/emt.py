@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gnnmd.graph.geometry import edge_vectors
 from gnnmd.graph.graph import AtomGraph
-from gnnmd.models.backbone import Backbone, SystemSum
+from gnnmd.models.backbone import Backbone, Block, SystemSum
 from gnnmd.models.potential import N_ELEMENTS, Potential
 
 # Units of ASE's columns E0, s0, V0, eta2, kappa, lambda, n0 in eV and Angstrom.
@@ -77,12 +77,12 @@ class _Window:
         return torch.sigmoid(-self.slope * (r - self.middle))
 
 
-class _AtomInMedium(nn.Module):
+class _AtomInMedium(Block):
     def __init__(self, window: _Window) -> None:
         super().__init__()
         self.window = window
 
-    def forward(self, parameters: Tensor, r: Tensor, g: AtomGraph, n_owned: int) -> tuple[Tensor, Tensor]:
+    def forward(self, own: Tensor, parameters: Tensor, r: Tensor, g: AtomGraph) -> tuple[Tensor, Tensor]:
         """Return the energies of the owned atoms, ``[n_owned, 1, 1]`` eV."""
         source, target = g.edge_index
         inside = r < self.window.r_cut  # edges in the skin contribute exactly zero
@@ -91,7 +91,7 @@ class _AtomInMedium(nn.Module):
         gamma1, gamma2 = self._gammas(s0, eta2, kappa)
 
         def sum_edges(x: Tensor) -> Tensor:
-            return x.new_zeros(n_owned).index_add(0, target, x)
+            return x.new_zeros(len(own)).index_add(0, target, x)
 
         def density(of: Tensor, at: Tensor, rate: Tensor, d: Tensor) -> Tensor:
             """Tail of atom ``of`` at its neighbour ``at``."""
@@ -101,7 +101,7 @@ class _AtomInMedium(nn.Module):
         pair = v0[target] / gamma2[target] * density(source, target, kappa, r / BETA - s0[source])
         pair = pair + v0[source] / gamma2[source] * density(target, source, kappa, r / BETA - s0[target])
 
-        e0, v0, eta2, kappa, lam, gamma1 = (x[:n_owned] for x in (e0, v0, eta2, kappa, lam, gamma1))
+        e0, v0, eta2, kappa, lam, gamma1 = (x[: len(own)] for x in (e0, v0, eta2, kappa, lam, gamma1))
         bound = sum_edges(inside.to(r.dtype)) > 0
         ds = -torch.log(torch.where(bound, sigma1, 1.0) / (12 * gamma1)) / (BETA * eta2)
         embedding = e0 * (1 + lam * ds) * torch.exp(-lam * ds) + 6 * v0 * torch.exp(-kappa * ds)

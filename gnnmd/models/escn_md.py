@@ -19,8 +19,8 @@ from gnnmd.graph.geometry import edge_vectors
 from gnnmd.graph.graph import AtomGraph
 from gnnmd.graph.nearest import cut_between_atoms
 from gnnmd.kernels.operations import edge_operations
-from gnnmd.models.backbone import Backbone, SystemSum
-from gnnmd.nn.activations import DegreeGate, SphereSiLU, node_grid
+from gnnmd.models.backbone import Backbone, Block, SystemSum
+from gnnmd.nn.activations import SphereSiLU, degree_gate, node_grid
 from gnnmd.nn.edge_operations import EdgeOperations, Orders
 from gnnmd.nn.embeddings import (
     CHARGE_RANGE,
@@ -36,7 +36,7 @@ from gnnmd.nn.radial import GaussianBasis, envelope
 from gnnmd.nn.recompute import recomputed
 from gnnmd.nn.scatter import Groups
 from gnnmd.nn.so2 import SO2Linear
-from gnnmd.nn.so3 import SO3Linear, n_rows
+from gnnmd.nn.so3 import SO3Linear, n_rows, split_degrees
 from gnnmd.nn.wigner import WignerD, edge_frames
 
 #: Divides the sum of the edge-degree embedding, so that it stays of order one for usual numbers of
@@ -225,7 +225,9 @@ class Edges:
         ops: what messages consist of besides matrix products.
         to_edge: ``[E, R, S]`` rotation into the frame of the edge, rows with |m| <= mmax in m-major order.
         damped: ``[E, R, S]`` the same times the envelope, for the way back: every message carries it once.
-        scalars: ``[E, num_basis + 2 edge_channels]`` Gaussians and the embeddings of both elements.
+        gaussians: ``[E, num_basis]`` of the distance.
+        source_elements: ``[n_all, edge_channels]`` embedding of the element of each source.
+        target_elements: ``[n, edge_channels]`` another one, of the atoms of this piece.
         routing: experts of the edges, or None.
     """
 
@@ -233,8 +235,27 @@ class Edges:
     ops: EdgeOperations
     to_edge: Tensor
     damped: Tensor
-    scalars: Tensor
+    gaussians: Tensor
+    source_elements: Tensor
+    target_elements: Tensor
     routing: Routing | None
+
+    def differentiated(self) -> list[Tensor]:
+        """Return what of it a gradient goes through."""
+        tensors = [self.to_edge, self.damped, self.gaussians, self.source_elements, self.target_elements]
+        return tensors if self.routing is None else [*tensors, self.routing.coefficients]
+
+    def with_differentiated(self, tensors: Sequence[Tensor]) -> "Edges":
+        """Return the same with these in their place."""
+        to_edge, damped, gaussians, sources, targets, *coefficients = tensors
+        routing = self.routing and replace(self.routing, coefficients=coefficients[0])
+        return Edges(self.piece, self.ops, to_edge, damped, gaussians, sources, targets, routing)
+
+    def radial(self, network: RadialMLP, routing: Routing | None) -> Tensor:
+        """Return what a network makes of lengths and elements, ``[E, c_out]``."""
+        sources = self.source_elements, self.piece.source
+        targets = self.target_elements, self.piece.target
+        return network(self.gaussians, sources, targets, routing, self.ops)
 
 
 @dataclass(frozen=True)
@@ -246,12 +267,14 @@ class EscnBasis:
         recompute: whether what is computed for a piece is computed again in the backward pass.
         system: ``[B, C]`` embedding of charge, spin and data set.
         routing: experts of the owned atoms, or None.
+        ops: what layers consist of besides matrix products.
     """
 
     edges: list[Edges]
     recompute: bool
     system: Tensor
     routing: Routing | None
+    ops: EdgeOperations
 
 
 class EdgeSum(nn.Module):
@@ -270,9 +293,7 @@ class EdgeSum(nn.Module):
         """Return ``[n_owned, S, C]``."""
         sums: list[Tensor] = []
         for edges in basis.edges:
-            inputs = [h, edges.to_edge, edges.damped, edges.scalars]
-            if edges.routing is not None:
-                inputs.append(edges.routing.coefficients)
+            inputs = [h, *edges.differentiated()]
             summed = partial(self._summed, edges)
             if basis.recompute:
                 sums += recomputed(summed, inputs, list(self.parameters()))
@@ -280,21 +301,12 @@ class EdgeSum(nn.Module):
                 sums += summed(*inputs)
         return torch.cat(sums)
 
-    def _summed(
-        self,
-        edges: Edges,
-        h: Tensor,
-        to_edge: Tensor,
-        damped: Tensor,
-        scalars: Tensor,
-        *coefficients: Tensor,
-    ) -> tuple[Tensor]:
+    def _summed(self, edges: Edges, h: Tensor, *tensors: Tensor) -> tuple[Tensor]:
         """Return the sums of one piece as a function of everything in it that is differentiated."""
-        routing = edges.routing and replace(edges.routing, coefficients=coefficients[0])
-        edges = replace(edges, to_edge=to_edge, damped=damped, scalars=scalars, routing=routing)
+        edges = edges.with_differentiated(tensors)
         x = self.messages(h, edges)
         rows = sum(xm.shape[1] for xm in x) // h.shape[2]
-        return (edges.ops.sums(damped[:, :rows], x, edges.piece.target, h.dtype),)
+        return (edges.ops.sums(edges.damped[:, :rows], x, edges.piece.target, h.dtype),)
 
 
 class EdgeDegree(EdgeSum):
@@ -302,12 +314,12 @@ class EdgeDegree(EdgeSum):
 
     def __init__(self, config: EscnMDConfig):
         super().__init__()
-        width = config.num_basis + 2 * config.edge_channels
-        self.radial = RadialMLP(width, config.edge_channels, (config.lmax + 1) * config.channels)
+        width = config.edge_channels
+        self.radial = RadialMLP(config.num_basis, width, width, (config.lmax + 1) * config.channels)
 
     def messages(self, h: Tensor, edges: Edges) -> list[Tensor]:
         """Return the rows of m = 0."""
-        return [self.radial(edges.scalars, None, edges.ops)]
+        return [edges.radial(self.radial, None)]
 
 
 class EdgeConvolution(EdgeSum):
@@ -321,15 +333,15 @@ class EdgeConvolution(EdgeSum):
         self.sphere = None  # gates instead
         if config.activation == "s2":
             self.sphere = SphereSiLU(lmax, mmax, hidden, config.grid_resolution)
-        scalars, width = config.num_basis + 2 * config.edge_channels, config.edge_channels
-        self.radial = RadialMLP(scalars, width, sum(self.orders.factors) * 2 * c, experts=radial)
+        width, factors = config.edge_channels, sum(self.orders.factors) * 2 * c
+        self.radial = RadialMLP(config.num_basis, width, width, factors, experts=radial)
         extra, places = lmax * hidden if self.sphere is None else hidden, {"experts_m0": m0, "experts_m": m}
         self.conv_1 = SO2Linear(lmax, mmax, 2 * c, hidden, extra=extra, **places)
         self.conv_2 = SO2Linear(lmax, mmax, hidden, c, **places)
 
     def messages(self, h: Tensor, edges: Edges) -> list[Tensor]:
         """Return all rows."""
-        factors = self.radial(edges.scalars, edges.routing, edges.ops)
+        factors = edges.radial(self.radial, edges.routing)
         ends = edges.piece.source, edges.piece.target, edges.piece.first
         x = edges.ops.scaled_pairs(edges.to_edge, h, factors, *ends, self.orders)
         y = self.conv_1(x, edges.routing)
@@ -345,13 +357,13 @@ class SpectralFeedForward(nn.Module):
         lmax, c, hidden = config.lmax, config.channels, config.hidden_channels
         self.gates = ExpertLinear(c, lmax * hidden, experts=experts)
         self.linear_1 = SO3Linear(lmax, c, hidden)
-        self.activation = DegreeGate(lmax)
         self.linear_2 = SO3Linear(lmax, hidden, c)
 
     def forward(self, x: Tensor, routing: Routing | None) -> Tensor:
         """Map ``[n, S, C]`` to ``[n, S, C]``."""
-        gates = F.silu(self.gates(x[:, 0], routing))
-        return self.linear_2(self.activation(self.linear_1(x), gates))
+        rows = split_degrees(x)
+        gates = F.silu(self.gates(rows[0].squeeze(1), routing))
+        return torch.cat(self.linear_2(degree_gate(self.linear_1(rows), gates)), dim=1)
 
 
 class GridFeedForward(nn.Module):
@@ -376,7 +388,7 @@ class GridFeedForward(nn.Module):
         return self.grid.to_coefficients(self.layers[2](f, routing).unflatten(0, (n, points)))
 
 
-class EdgeDegreeBlock(nn.Module):
+class EdgeDegreeBlock(Block):
     """Adds the edge-degree embedding.
 
     It is the first block of the loop, not part of the embedding of atoms: it needs the edges of a row, which
@@ -387,14 +399,12 @@ class EdgeDegreeBlock(nn.Module):
         super().__init__()
         self.edge_degree = EdgeDegree(config)
 
-    def forward(
-        self, h_all: Tensor, basis: EscnBasis, g: AtomGraph, n_owned: int
-    ) -> tuple[Tensor, EscnBasis]:
-        """Map ``[n_all, S, C]`` to ``[n_owned, S, C]``."""
-        return h_all[:n_owned] + self.edge_degree(h_all, basis) / EDGE_DEGREE_SCALE, basis
+    def forward(self, h: Tensor, x_all: Tensor, basis: EscnBasis, g: AtomGraph) -> tuple[Tensor, EscnBasis]:
+        """Map ``[n_owned, S, C]`` to ``[n_owned, S, C]``."""
+        return h + self.edge_degree(x_all, basis) / EDGE_DEGREE_SCALE, basis
 
 
-class EscnBlock(nn.Module):
+class EscnBlock(Block):
     """One layer: messages, then a network per atom, each on normalised features and added on."""
 
     def __init__(self, config: EscnMDConfig, layer: int):
@@ -406,14 +416,16 @@ class EscnBlock(nn.Module):
         feed_forward = SpectralFeedForward if config.feed_forward == "spectral" else GridFeedForward
         self.feed_forward = feed_forward(config, experts[3])
 
-    def forward(
-        self, h_all: Tensor, basis: EscnBasis, g: AtomGraph, n_owned: int
-    ) -> tuple[Tensor, EscnBasis]:
-        """Map ``[n_all, S, C]`` to ``[n_owned, S, C]``."""
-        x = self.norm_1(h_all)
-        x[:, 0] += basis.system.index_select(0, g.system)
-        h = h_all[:n_owned] + self.edge_convolution(x, basis)
-        return h + self.feed_forward(self.norm_2(h), basis.routing), basis
+    def outgoing(self, h: Tensor, basis: EscnBasis, g: AtomGraph) -> Tensor:
+        """Return normalised rows, with their system in the scalars."""
+        system = basis.system
+        system = system if len(system) == 1 else system.index_select(0, g.system[: len(h)])
+        return basis.ops.degree_norm(h, self.norm_1, system)
+
+    def forward(self, h: Tensor, x_all: Tensor, basis: EscnBasis, g: AtomGraph) -> tuple[Tensor, EscnBasis]:
+        """Map ``[n_owned, S, C]`` to ``[n_owned, S, C]``."""
+        h = h + self.edge_convolution(x_all, basis)
+        return h + self.feed_forward(basis.ops.degree_norm(h, self.norm_2), basis.routing), basis
 
 
 class EscnMD(Backbone):
@@ -456,17 +468,13 @@ class EscnMD(Backbone):
     def edge_basis(self, g: AtomGraph, n_owned: int, system_sum: SystemSum) -> EscnBasis:
         """Return the rotations, edge scalars and system embeddings of a graph with positions."""
         dtype = self.atom_embedding.weight.dtype
-        source, target = g.edge_index
+        target = g.edge_index[1]
         with torch.autocast(g.cell.device.type, enabled=False):  # geometry is cheap and must stay exact
             vector = edge_vectors(g).to(dtype)
             distance = torch.linalg.vector_norm(vector, dim=1)
             to_edge = self.wigner(edge_frames(vector / distance[:, None]))
             damped = to_edge * envelope(distance, self.r_cut)[:, None, None]
             gaussians = self.gaussians(distance)
-        embeddings = [
-            self.source_embedding(g.numbers).index_select(0, source),
-            self.target_embedding(g.numbers[:n_owned]).index_select(0, target),
-        ]
         system = self.system_embedding(g.charge, g.spin, g.dataset)
         coefficients = self.coefficients(g, n_owned, system, system_sum)
 
@@ -475,15 +483,19 @@ class EscnMD(Backbone):
 
         ops = edge_operations(self.kernels, g.cell.device)
         pieces = g.links or self._pieces(g, n_owned)
-        scalars = torch.cat([gaussians, *embeddings], dim=1)
-        tensors = [t.split([len(p.target.index) for p in pieces]) for t in (target, to_edge, damped, scalars)]
+        lengths = [len(piece.target.index) for piece in pieces]
+        tensors = [t.split(lengths) for t in (target, to_edge, damped, gaussians)]
+        sources = self.source_embedding(g.numbers)
+        targets = self.target_embedding(g.numbers[:n_owned]).split([piece.target.n for piece in pieces])
         edges = [
-            Edges(piece, ops, to_edge, damped, scalars, routing(target))
-            for piece, target, to_edge, damped, scalars in zip(pieces, *tensors, strict=True)
+            Edges(piece, ops, to_edge, damped, gaussians, sources, elements, routing(target))
+            for piece, target, to_edge, damped, gaussians, elements in zip(
+                pieces, *tensors, targets, strict=True
+            )
         ]
         recompute = self.edge_chunk is not None and self.edge_chunk < len(target)
-        owned = torch.arange(n_owned, device=source.device)
-        return EscnBasis(edges, recompute, system, routing(owned))
+        owned = torch.arange(n_owned, device=target.device)
+        return EscnBasis(edges, recompute, system, routing(owned), ops)
 
     def links(
         self, g: AtomGraph, n_owned: int, skin: float = 0.0, room: Sequence[int] | None = None

@@ -1,6 +1,6 @@
 """Nonlinearities: of spherical-harmonic features, and element-wise ones by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import exp
 
@@ -8,29 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gnnmd.nn.float64 import Float64Buffers
 from gnnmd.nn.so3 import SphereGrid, degrees, m_major_rows, n_rows
 
 
-class DegreeGate(Float64Buffers):
-    """SiLU of the scalars; every degree > 0 is multiplied by a sigmoid gate of its own per channel.
+def degree_gate(x: Sequence[Tensor], gates: Tensor) -> list[Tensor]:
+    """Return SiLU of the scalars, and every degree > 0 times the sigmoid of a gate of its own per channel.
 
     Args:
-        lmax: largest degree; rows are l-major.
+        x: ``[n, 2l + 1, H]`` of each degree.
+        gates: ``[n, lmax * H]`` before the sigmoid, degree slow.
     """
-
-    gate_of_row: Tensor
-
-    def __init__(self, lmax: int):
-        super().__init__()
-        gate_of_row = torch.tensor(degrees(lmax)[1:], dtype=torch.int64) - 1
-        self.register_buffer("gate_of_row", gate_of_row, persistent=False)
-
-    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
-        """Apply to ``x [n, S, H]`` with gates ``[n, lmax * H]`` before the sigmoid, degree slow."""
-        gates = torch.sigmoid(gates).unflatten(1, (gates.shape[1] // x.shape[2], x.shape[2]))
-        scalars, rest = x.tensor_split([1], dim=1)
-        return torch.cat([F.silu(scalars), rest * gates.index_select(1, self.gate_of_row)], dim=1)
+    gates = torch.sigmoid(gates).unflatten(1, (len(x) - 1, 1, x[0].shape[2]))
+    return [F.silu(x[0]), *(xl * gate for xl, gate in zip(x[1:], gates.unbind(1), strict=True))]
 
 
 class SphereSiLU(nn.Module):

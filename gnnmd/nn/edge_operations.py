@@ -1,4 +1,4 @@
-"""What a message of eSCN-MD consists of besides matrix products.
+"""What a layer of eSCN-MD consists of besides matrix products.
 
 Rows of atoms ``[n, S, C]`` are l-major. Rows in the frame of an edge are m-major with |m| <= mmax, a list
 with one tensor ``[E, rows * C]`` per order as in `nn.so2`. This is the version by operators of torch;
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gnnmd.nn.scatter import Groups
+from gnnmd.nn.norms import DegreeNorm
+from gnnmd.nn.scatter import Groups, pair_rows
 from gnnmd.nn.so2 import rows_per_order
 
 
@@ -101,6 +102,14 @@ class EdgeOperations:
         rows = torch.cat(list(x), dim=1).unflatten(1, (d.shape[1], -1))
         messages = torch.bmm(d.transpose(1, 2), rows).to(dtype)
         return messages.new_zeros(target.n, *messages.shape[1:]).index_add(0, target.index, messages)
+
+    def pair_rows(self, x: Tensor, i: Groups, y: Tensor, j: Groups) -> Tensor:
+        """Return ``[E, C]``, x_i + y_j."""
+        return pair_rows(x, i, y, j)
+
+    def degree_norm(self, x: Tensor, norm: DegreeNorm, shift: Tensor | None = None) -> Tensor:
+        """Return normalised rows of atoms ``[n, S, C]``, see `DegreeNorm`."""
+        return norm(x, shift)
 
     def activated_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """Return SiLU of a normalised ``[E, C]``."""

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gnnmd.nn.float64 import Float64Buffers
 from gnnmd.nn.so3 import degrees, n_rows
@@ -41,11 +42,13 @@ class DegreeNorm(Float64Buffers):
         self.register_buffer("degree", degree, persistent=False)
         assert len(degree) == n_rows(lmax)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``[n, S, C]``."""
-        scalars = x[:, :1]
-        x = torch.cat([scalars - scalars.mean(dim=-1, keepdim=True), x[:, 1:]], dim=1)
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Normalise ``[n, S, C]``, and add a shift ``[1 or n, C]`` to the scalars of the result."""
+        others = x.shape[1] - 1
+        scalars, rest = x.split([1, others], dim=1)
+        x = torch.cat([scalars - scalars.mean(dim=-1, keepdim=True), rest], dim=1)
         v = (x * x).mean(dim=-1) @ self.mean_power.to(x.dtype)  # [n, S]
-        y = (x * torch.rsqrt(v + EPS)[:, :, None]) * self.weight.index_select(0, self.degree)
-        y[:, 0] += self.bias
-        return y
+        bias = self.bias[None] if shift is None else self.bias + shift
+        bias = F.pad(bias[:, None], (0, 0, 0, others))  # [1 or n, S, C]
+        x = x * torch.rsqrt(v + EPS)[:, :, None]
+        return torch.addcmul(bias, x, self.weight.index_select(0, self.degree))

@@ -5,8 +5,9 @@ Rows are ordered l-major, row ``l^2 + l + m``; the polar axis is y, so that l = 
 0, without the Condon-Shortley sign and with the integral of Y^2 over the sphere equal to 1.
 """
 
+from collections.abc import Sequence
 from functools import cache
-from math import factorial, pi, sqrt
+from math import factorial, isqrt, pi, sqrt
 
 import numpy as np
 import torch
@@ -73,6 +74,11 @@ def coupling(l: int) -> NDArray:
     return integral / np.sqrt((integral**2).sum(axis=(0, 1)))
 
 
+def split_degrees(x: Tensor) -> tuple[Tensor, ...]:
+    """Return the rows of each degree, ``[n, 2l + 1, C]``, of ``[n, S, C]``."""
+    return x.split([2 * l + 1 for l in range(isqrt(x.shape[1]))], dim=1)
+
+
 class SphereGrid(Float64Buffers):
     """Coefficients to values on a grid of the sphere and back.
 
@@ -130,8 +136,7 @@ class SO3Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(lmax + 1, c_out, c_in).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(c_out))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[n, S, c_in]`` to ``[n, S, c_out]``."""
-        parts = [F.linear(x[:, :1], self.weight[0], self.bias)]
-        parts += [F.linear(x[:, l * l : (l + 1) ** 2], self.weight[l]) for l in range(1, self.lmax + 1)]
-        return torch.cat(parts, dim=1)
+    def forward(self, x: Sequence[Tensor]) -> list[Tensor]:
+        """Map ``[n, 2l + 1, c_in]`` of each degree to ``[n, 2l + 1, c_out]``."""
+        biases = [self.bias, *[None] * self.lmax]
+        return [F.linear(xl, w, b) for xl, w, b in zip(x, self.weight, biases, strict=True)]

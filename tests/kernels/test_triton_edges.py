@@ -11,6 +11,7 @@ from gnnmd.kernels.operations import edge_operations
 from gnnmd.models.build import PotentialConfig, build_potential
 from gnnmd.models.escn_md import EscnMDConfig
 from gnnmd.nn.edge_operations import EdgeOperations, Orders
+from gnnmd.nn.norms import NORMS, DegreeNorm
 from gnnmd.nn.scatter import Groups
 from gnnmd.nn.so3 import degrees, m_major_rows
 from tests.kernels.versions import DEVICE, MARKS, TYPES, Random, same
@@ -95,16 +96,43 @@ def test_activated_norm(fast, n, c, dtype):
     same(fast.activated_norm(x, norm), EdgeOperations().activated_norm(x, norm), [x, norm.weight, norm.bias])
 
 
-@pytest.mark.parametrize("operation", ["pairs", "sums", "gated", "activated_norm"])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize(("n", "lmax", "c"), [(4, 2, 8), (3, 3, 130), (2, 0, 5), (1, 1, 4), (0, 2, 4)])
+def test_norms_of_degrees(fast, n, lmax, c, kind, dtype):
+    norm = degree_norm(kind, lmax, c, dtype)
+    x = Random(c).normal(n, (lmax + 1) ** 2, c, dtype=dtype)
+    for shift in (None, Random(1).normal(1, c, dtype=dtype), Random(2).normal(n, c, dtype=dtype)):
+        same(fast.degree_norm(x, norm, shift), norm(x, shift), [x])
+    norm.requires_grad_()
+    same(fast.degree_norm(x, norm), norm(x), [x, norm.weight, norm.bias])
+
+
+def test_small_rows_are_normalised_to_all_digits(fast):
+    """The number that is added to mean squares is not rounded to float32."""
+    norm = degree_norm("rms_norm_sh", 2, 8, torch.float64)
+    x = 1e-3 * Random(3).normal(4, 9, 8, dtype=torch.float64)
+    assert_close(fast.degree_norm(x, norm), norm(x), rtol=1e-13, atol=1e-13)
+
+
+def degree_norm(kind: str, lmax: int, channels: int, dtype: torch.dtype) -> DegreeNorm:
+    norm = DegreeNorm(kind, lmax, channels).to(DEVICE, dtype).requires_grad_(False)
+    norm.weight.normal_(), norm.bias.normal_()
+    return norm
+
+
+@pytest.mark.parametrize("operation", ["pairs", "sums", "gated", "activated_norm", "degree_norm"])
 def test_derivatives_of_derivatives_are_those_of_the_reference(fast, operation):
     found = []
     norm = nn.LayerNorm(5).to(DEVICE, torch.float64).requires_grad_(False)
+    degrees_norm = degree_norm("rms_norm_sh", 2, 5, torch.float64)
     for ops in (fast, EdgeOperations()):
         i = Inputs(Orders(2, 2), 5, torch.float64)
         y, inputs = {
             "pairs": lambda ops, i: (i.pairs(ops), [i.d, i.h, i.f]),
             "sums": lambda ops, i: (i.sums(ops, 3), [i.d, *i.x]),
             "gated": lambda ops, i: (i.gated(ops), [i.gates, *i.x[1:]]),
+            "degree_norm": lambda ops, i: (ops.degree_norm(i.h, degrees_norm, i.h[:, 0].detach()), [i.h]),
             "activated_norm": lambda ops, i: (ops.activated_norm(i.x[0].view(-1, 5), norm), [i.x[0]]),
         }[operation](ops, i)
         first = grad((y**2).sum(), inputs, create_graph=True)
