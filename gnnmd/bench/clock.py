@@ -10,10 +10,15 @@ from gnnmd.parallel import Ranks
 
 
 class Clock:
-    """Medians of the slowest rank's time, milliseconds."""
+    """Medians of the slowest rank's time, milliseconds.
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+    Args:
+        ranks: who makes the calls.
+        device: where they compute.
+    """
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self._ranks, self._device = ranks, device
 
     def median(self, call: Callable[[], object], n: int) -> float:
         """Time ``n`` calls after two that warm up; collective."""
@@ -22,8 +27,7 @@ class Clock:
             self.synchronize()
             start = time.perf_counter()
             call()
-            if self._ranks.device.type == "cuda":
-                torch.cuda.synchronize()
+            self._wait()
             times.append(self.maximum(1e3 * (time.perf_counter() - start)))
         return statistics.median(times[2:])
 
@@ -34,5 +38,8 @@ class Clock:
     def synchronize(self) -> None:
         """Wait until all ranks and their GPUs have come here; collective."""
         self._ranks.sum(torch.zeros(1, device=self._ranks.device))
-        if self._ranks.device.type == "cuda":
-            torch.cuda.synchronize()
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

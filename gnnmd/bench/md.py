@@ -122,7 +122,7 @@ def measure(share: RankPotential, n_atoms: int, options: dict[str, Any]) -> dict
     )
     columns = initial_columns(atoms, integrator, TEMPERATURE, 0)
     loop = start(share, setup, AtomBatch.from_ase(atoms), columns)
-    engine, clock = loop.engine, Clock(ranks)
+    engine, clock = loop.engine, Clock(ranks, share.device)
     warm_up = max(steps // 2, 32)
     loop.begin_run(warm_up + steps + 20)
     loop.advance(warm_up)

@@ -79,7 +79,7 @@ def measure(ranks: Ranks, n_atoms: int, options: dict[str, Any]) -> list[dict[st
     potential.backbone.edge_chunk, potential.backbone.kernels = options["edge_chunk"], options["kernels"]
     batch = AtomBatch.from_ase(silver(n_atoms)).to(device)
 
-    clock = Clock(ranks)
+    clock = Clock(ranks, device)
     plan = potential.plan(batch, ranks, skin=SKIN)
     build = clock.median(lambda: potential.plan(batch, ranks, skin=SKIN), 3)
     graph = clock.median(lambda: plan.rebuild(plan.positions, batch.cell), 5)
