@@ -1,14 +1,15 @@
 """The ASE calculator."""
 
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from ase import Atoms
-from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.calculator import CalculationFailed, Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from gnnmd.graph import AtomBatch
-from gnnmd.models.potential import Potential
+from gnnmd.models.potential import Potential, Prediction
 from gnnmd.predict import InferenceSettings, PredictUnit
 from gnnmd.predict.unit import Follower, without_labels
 
@@ -73,12 +74,17 @@ class GNNMDCalculator(Calculator):
 
         The stress is there only for a periodic cell with a volume, so that ASE raises its
         `PropertyNotImplementedError` for a molecule.
+
+        Raises:
+            CalculationFailed: energy or forces are not finite numbers.
+            ValueError: see `PredictUnit.predict`.
         """
         super().calculate(atoms, properties or ["energy"], system_changes)
         bare = without_labels(self.atoms)
         if self.dataset is not None:
             bare.info.setdefault("dataset", self.dataset)
         prediction = self._follower.evaluate(AtomBatch.from_ase(bare))
+        _check_finite(prediction)
         energy = prediction.energy.item()
         self.results: dict[str, Any] = {
             "energy": energy,
@@ -88,6 +94,20 @@ class GNNMDCalculator(Calculator):
         }
         if prediction.stress is not None and bare.cell.rank == 3 and bare.pbc.any():
             self.results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].numpy())
+
+
+def _check_finite(prediction: Prediction) -> None:
+    energy = prediction.energy.item()
+    bad = (~prediction.forces.isfinite()).any(1).nonzero()[:, 0].tolist()
+    if not isfinite(energy) or bad:
+        atoms = (
+            f"atoms {', '.join(map(str, bad[:10]))}{', ...' if len(bad) > 10 else ''}" if bad else "no atom"
+        )
+        raise CalculationFailed(
+            f"the energy is {energy} eV and the forces on {atoms} are not finite. Atoms in the same place, "
+            "or much closer than any that the potential was trained on, give this: look at the shortest "
+            "distances, or take a shorter time step"
+        )
 
 
 def _unit(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
-from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.calculator import CalculationFailed, PropertyNotImplementedError
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
 from ase.md.verlet import VelocityVerlet
 from ase.units import fs
@@ -288,6 +288,17 @@ def test_inside_inference_mode_and_outside_alternately() -> None:
             found = everything(atoms)
         assert_same(found, results(atoms))
     assert atoms.calc.n_builds == 1
+
+
+def test_atoms_in_the_same_place_end_the_calculation() -> None:
+    atoms = crystal()
+    atoms.calc = calculator()
+    atoms.positions[5] = atoms.positions[2]
+    with pytest.raises(CalculationFailed, match="forces on atoms .*2.* are not finite"):
+        atoms.get_forces()
+    assert not atoms.calc.results
+    atoms.positions[5] += 1.5
+    assert np.isfinite(atoms.get_forces()).all()
 
 
 def test_errors_at_the_door() -> None:
