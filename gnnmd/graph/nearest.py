@@ -5,22 +5,30 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
+#: Lengths and components of vectors that differ by less are equal, Angstrom.
+EQUAL = 1e-6
 
-def nearness(distance: Tensor, target: Tensor, n_atoms: int) -> Tensor:
+
+def nearness(vector: Tensor, target: Tensor, n_atoms: int) -> Tensor:
     """Return ``[E]`` int64: 0 for the nearest neighbour of its atom, 1 for the second, and so on.
 
+    Those that are equally far, as in a perfect crystal, are ordered by their direction: so the result depends
+    neither on the order of atoms nor on the number of ranks.
+
     Args:
-        distance: ``[E]`` lengths of the edges.
+        vector: ``[E, 3]`` from the target to the source, Angstrom.
         target: ``[E]`` int64 atom of each edge, ascending: rows ``0 .. n_atoms - 1``.
         n_atoms: number of atoms.
     """
-    by_length = torch.argsort(distance.detach(), stable=True)
-    order = by_length.index_select(0, torch.argsort(target.index_select(0, by_length), stable=True))
+    x, y, z = (vector.detach() / EQUAL).round().unbind(1)
+    distance = (torch.linalg.vector_norm(vector.detach(), dim=1) / EQUAL).round()
+    order = torch.arange(len(target), device=target.device)
+    for key in (z, y, x, distance, target):  # the last is the most important
+        order = order.index_select(0, torch.argsort(key.index_select(0, order), stable=True))
     counts = torch.zeros(n_atoms, dtype=torch.int64, device=target.device)
     counts = counts.index_add(0, target, torch.ones_like(target))
-    place = torch.arange(len(target), device=target.device) - (counts.cumsum(0) - counts).index_select(
-        0, target
-    )
+    first = counts.cumsum(0) - counts
+    place = torch.arange(len(target), device=target.device) - first.index_select(0, target)
     return torch.empty_like(place).index_copy(0, order, place)
 
 

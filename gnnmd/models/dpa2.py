@@ -372,7 +372,7 @@ class DPA2(Backbone):
         for ((first, _), (end, _)), source, target, vector in pieces:
             target, owned = target - first, types[first:end]
             distance = torch.linalg.vector_norm(vector.detach(), dim=1)
-            place = nearness(distance, target, end - first)
+            place = nearness(vector, target, end - first)
             seen = ~self.excluded[owned[target], types[source]]
             shells = []
             for n in self.neighborhoods:

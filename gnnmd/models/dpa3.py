@@ -380,7 +380,7 @@ class DPA3(Backbone):
         c, distance = self.config, torch.linalg.vector_norm(vector, dim=1)
         counts, near = distance < c.e_rcut, distance < c.a_rcut
         if not c.use_dynamic_sel:
-            place = nearness(distance, centre, n_atoms)
+            place = nearness(vector, centre, n_atoms)
             counts, near = counts & (place < c.e_sel), near & (place < c.a_sel)
         if c.exclude_types:
             seen = ~self.excluded[types[centre + first], types[source]]

@@ -5,9 +5,25 @@ from gnnmd.graph.nearest import cut_between_atoms, nearness
 
 def test_nearness_counts_within_an_atom():
     target = torch.tensor([0, 0, 0, 2, 2, 3])
-    distance = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0, 9.0])
-    assert nearness(distance, target, 4).tolist() == [2, 0, 1, 1, 0, 0]
-    assert len(nearness(distance[:0], target[:0], 4)) == 0
+    vector = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0, 9.0])[:, None] * torch.tensor([0.6, 0.0, -0.8])
+    assert nearness(vector, target, 4).tolist() == [2, 0, 1, 1, 0, 0]
+    assert len(nearness(vector[:0], target[:0], 4)) == 0
+
+
+def test_equally_near_neighbours_have_one_order_whatever_their_rows_and_rounding():
+    generator = torch.Generator().manual_seed(1)
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3).to(torch.float64)
+    shell = (
+        torch.cat((1.7 * signs, 2 * 1.7 * signs))
+        @ torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))[0]
+    )
+    target = torch.zeros(len(shell), dtype=torch.int64)
+    expected = nearness(shell, target, 1)
+    assert (expected[:8] < 8).all()
+    for _ in range(5):
+        rows = torch.randperm(len(shell), generator=generator)
+        noise = 1e-14 * torch.randn(len(shell), 3, generator=generator, dtype=torch.float64)
+        assert torch.equal(nearness((shell + noise)[rows], target, 1), expected[rows])
 
 
 def test_pieces_are_whole_atoms_and_no_longer_than_wanted():

@@ -206,7 +206,7 @@ def test_layers_read_near_neighbours_only():
     batch = AtomBatch.from_ase(crystal() * (1, 2, 2))
     seen = []
     for block in potential.backbone.blocks:
-        block.register_forward_pre_hook(lambda _, args: seen.append(args[1].pieces))
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[2].pieces))
     predict(potential, batch)
     wide, near = seen[0][0].shells[0], seen[1][0].near
     assert len(near.source) < len(wide.source) / 2

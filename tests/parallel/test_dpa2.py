@@ -72,8 +72,10 @@ def test_edges_of_the_skin_and_spare_rows_change_nothing(pool, context):
     check(pool, 3, every_update, "unwrapped", context, 0.5, 0.2)
 
 
-def test_the_nearest_neighbours_are_the_same_on_many_ranks(pool):
-    check(pool, 3, nearest, "unwrapped")
+@pytest.mark.parametrize(("size", "name"), [(3, "unwrapped"), (2, "perfect crystal"), (4, "perfect crystal")])
+def test_the_nearest_neighbours_are_the_same_on_many_ranks(pool, size, name):
+    """Also where it is the last of several equally near ones that finds room."""
+    check(pool, size, nearest, name)
 
 
 def test_pieces_are_the_same_on_many_ranks(pool):

@@ -64,9 +64,10 @@ def test_a_batch_with_charges_on_many_ranks(pool):
     check(pool, 3, sequential, "batch")
 
 
-def test_truncation_keeps_the_same_neighbours(pool):
+@pytest.mark.parametrize(("size", "name"), [(3, "unwrapped"), (2, "perfect crystal")])
+def test_truncation_keeps_the_same_neighbours(pool, size, name):
     """Every rank has all edges of its atoms, so that it can choose the nearest."""
-    check(pool, 3, nearest, "unwrapped")
+    check(pool, size, nearest, name)
 
 
 def test_pieces_on_many_ranks(pool):
