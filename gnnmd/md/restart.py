@@ -17,6 +17,7 @@ from gnnmd.graph import AtomBatch
 from gnnmd.md import shards
 from gnnmd.md.engine import KEPT, Counters, Engine
 from gnnmd.md.reporters import Reporter
+from gnnmd.md.reporters.frames import fixed_atoms
 from gnnmd.md.setup import Setup
 from gnnmd.md.shards import Shards
 from gnnmd.md.state import State
@@ -181,7 +182,7 @@ def check_potential(kept: Shards, found: dict[str, Any]) -> None:
 
 
 def read_atoms(path: str | Path) -> Atoms:
-    """Return the atoms of a restart, with momenta, energy and forces, to look at.
+    """Return the atoms of a restart, with fixed atoms, momenta, energy and forces, to look at.
 
     Args:
         path: a folder of restarts (the newest good one is taken) or one of them.
@@ -198,6 +199,7 @@ def read_atoms(path: str | Path) -> Atoms:
     )
     atoms.set_masses(rows["masses"])
     atoms.set_momenta(rows["velocities"] * rows["masses"][:, None])
+    atoms.set_constraint(fixed_atoms(rows["mobile"]))
     atoms.calc = SinglePointCalculator(atoms, energy=kept.known["energy"], forces=rows["forces"])
     return atoms
 

@@ -1,6 +1,7 @@
 """Molecular dynamics from a script or notebook: one class, whoever holds the atoms."""
 
 import itertools
+import operator
 import signal
 import warnings
 import weakref
@@ -23,8 +24,10 @@ from gnnmd.md.engine import Counters, Limits
 from gnnmd.md.integrators import Integrator
 from gnnmd.md.loop import Progress, Resumed
 from gnnmd.md.reporters import Reporter
+from gnnmd.md.reporters.frames import fixed_atoms
 from gnnmd.md.setup import Setup
 from gnnmd.models.potential import Potential
+from gnnmd.parallel import World
 from gnnmd.predict import PredictUnit
 from gnnmd.predict.evaluation import check_systems
 from gnnmd.predict.unit import without_labels
@@ -65,8 +68,8 @@ class Simulation:
         counters: what the engine did.
 
     Raises:
-        ValueError: no velocities and no temperature, a system that the potential cannot describe, or
-            constraints other than fixed atoms.
+        ValueError: no velocities and no temperature, or numbers that mean nothing; a system that the
+            potential cannot describe; constraints other than fixed atoms; several writers of one file.
         FileExistsError: the folder holds restarts of another simulation.
         SimulationError: forces or energy of the start are not finite.
     """
@@ -88,6 +91,9 @@ class Simulation:
         restart_interval: int = 1000,
         keep: int = 2,
     ) -> None:
+        if not isinstance(integrator, Integrator):
+            raise TypeError(f"the integrator must be one like NVE(timestep=1.0), got {integrator!r}")
+        self._take_place(unit, reporters, restart)
         start = without_labels(atoms)
         batch = AtomBatch.from_ase(start)
         check_systems(batch)
@@ -104,7 +110,6 @@ class Simulation:
             restart_interval=restart_interval,
             keep=keep,
         )
-        self._take_place(unit, reporters)
         self.integrator, self._info = integrator, start.info
         columns = initial_columns(atoms, integrator, temperature, seed)
         self._unit.on_ranks(loop.begin, self._handle, setup, batch, columns)
@@ -150,7 +155,7 @@ class Simulation:
             RankFailure: likewise, with several ranks.
         """
         simulation = cls.__new__(cls)
-        simulation._take_place(unit, reporters)
+        simulation._take_place(unit, reporters, restart)
         given: dict[str, Any] = {
             "integrator": integrator,
             "limits": limits,
@@ -172,8 +177,13 @@ class Simulation:
             warnings.warn(f"going on from step {simulation.step}: {faults}", stacklevel=2)
         return simulation
 
-    def _take_place(self, unit: PredictUnit | Potential, reporters: Sequence[Reporter]) -> None:
+    def _take_place(
+        self, unit: PredictUnit | Potential, reporters: Sequence[Reporter], restart: str | Path | None
+    ) -> None:
         self._unit = PredictUnit(unit) if isinstance(unit, Potential) else unit
+        if not isinstance(self._unit, PredictUnit):
+            raise TypeError(f"the unit must be a PredictUnit or a Potential, got {unit!r}")
+        _check_writers(self._unit, reporters, restart)
         self.reporters = tuple(reporters)
         self.step, self.counters = 0, Counters()
         self._handle = next(_handles)
@@ -181,13 +191,14 @@ class Simulation:
 
     @property
     def atoms(self) -> Atoms:
-        """The current state: positions, momenta, cell, and energy, forces and stress in a calculator."""
-        known = self._loop("gather", ("numbers", "positions", "velocities", "forces", "masses"))
+        """The current state, with fixed atoms, momenta, and energy, forces and stress in a calculator."""
+        known = self._loop("gather", ("numbers", "positions", "velocities", "forces", "masses", "mobile"))
         atoms = Atoms(known["numbers"].numpy(), cell=known["cell"].numpy(), pbc=known["pbc"].numpy())
         atoms.info.update(self._info)
         atoms.positions = known["positions"].numpy()
         atoms.set_masses(known["masses"].numpy())
         atoms.set_momenta((known["velocities"] * known["masses"][:, None]).numpy())
+        atoms.set_constraint(fixed_atoms(known["mobile"].numpy()))
         results: dict[str, Any] = {"energy": float(known["energy"]), "forces": known["forces"].numpy()}
         if known["stress"].isfinite().all():
             results["stress"] = full_3x3_to_voigt_6_stress(known["stress"].numpy())
@@ -205,6 +216,7 @@ class Simulation:
             This simulation; another call goes on.
 
         Raises:
+            TypeError, ValueError: not a whole number of steps, or a negative one.
             KeyboardInterrupt: Ctrl-C.
             SystemExit: SIGTERM or SIGUSR1, with the code 128 + its number.
             SimulationError: the simulation has lost its meaning. A note says where its last good state is.
@@ -213,6 +225,10 @@ class Simulation:
             OSError: something could not be written.
             WorkerDied: a worker was killed; `resume` goes on from the last restart.
         """
+        try:
+            steps = operator.index(steps)
+        except TypeError:
+            raise TypeError(f"steps must be a whole number, got {steps!r}") from None
         if steps < 0:
             raise ValueError(f"steps must not be negative, got {steps}")
         last = self.step + steps
@@ -254,6 +270,8 @@ def initial_columns(
     atoms: Atoms, integrator: Integrator, temperature: float | None, seed: int
 ) -> dict[str, Tensor]:
     """Return velocities ``[N, 3]``, masses ``[N]`` and mobile ``[N, 1]`` of all atoms."""
+    _check_each("mass", atoms.get_masses()[:, None] > 0, atoms.get_masses(), "positive")
+    _check_each("momentum", np.isfinite(atoms.get_momenta()), atoms.get_momenta(), "finite")
     masses = torch.tensor(atoms.get_masses())
     mobile = torch.ones(len(atoms), 1, dtype=torch.float64)
     for constraint in atoms.constraints:
@@ -262,7 +280,14 @@ def initial_columns(
                 f"the atoms have the constraint {type(constraint).__name__}, but only FixAtoms is "
                 "supported: remove it"
             )
-        mobile[torch.as_tensor(np.asarray(constraint.index))] = 0.0
+        index = np.asarray(constraint.index)
+        outside = index[(index < -len(atoms)) | (index >= len(atoms))]
+        if len(outside):
+            raise ValueError(
+                f"FixAtoms holds atom {outside[0]}, but there are {len(atoms)} atoms, 0 to {len(atoms) - 1}: "
+                "set the constraint anew"
+            )
+        mobile[torch.as_tensor(index)] = 0.0
     velocities = torch.tensor(atoms.get_momenta()) / masses[:, None]
     if not velocities.any():
         temperature = integrator.start_temperature() if temperature is None else temperature
@@ -271,8 +296,41 @@ def initial_columns(
                 "the atoms have no velocities and the integrator no temperature: pass temperature= to "
                 "Simulation (0 to start at rest), or atoms with momenta"
             )
+        if not 0 <= temperature < np.inf:
+            raise ValueError(f"temperature must be finite and not negative, got {temperature} K")
         velocities = _drawn(masses, mobile, temperature, seed)
     return {"velocities": velocities * mobile, "masses": masses, "mobile": mobile}
+
+
+def _check_each(name: str, good: np.ndarray, values: np.ndarray, what: str) -> None:
+    """Refuse atoms with a number that means nothing."""
+    bad = ~good.all(1)
+    if bad.any():
+        i = int(bad.argmax())
+        raise ValueError(
+            f"the {name} of atom {i} must be {what}, got {values[i].tolist()} ({bad.sum()} such atoms "
+            "in all); set it before the simulation"
+        )
+
+
+def _check_writers(unit: PredictUnit, reporters: Sequence[Reporter], restart: str | Path | None) -> None:
+    """Refuse several writers of one file: reporters of a simulation, or simulations of several processes."""
+    for reporter in reporters:
+        if not isinstance(reporter, Reporter):
+            raise TypeError(f"reporters must be a list of reporters like Thermo(), got {reporter!r} in it")
+    paths = [Path(path).absolute() for r in reporters if (path := getattr(r, "path", None)) is not None]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"{paths.count(path)} reporters write {path}: give each a path of its own")
+    world = World.from_environment()
+    alone = unit.workers is None and unit.callers.size == 1
+    if alone and world is not None and world.size > 1 and (paths or restart is not None):
+        raise ValueError(
+            f"torchrun or srun has started {world.size} processes, and each would run this simulation by "
+            f"itself and write the same {restart if restart is not None else paths[0]}. Make the PredictUnit "
+            f"with workers={world.size} to share the atoms; for simulations of their own with files of their "
+            "own, remove RANK and SLURM_STEP_ID from os.environ before"
+        )
 
 
 def _drawn(masses: Tensor, mobile: Tensor, temperature: float, seed: int) -> Tensor:

@@ -6,6 +6,7 @@ import pickle
 import pkgutil
 import threading
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,24 @@ def test_a_full_disk_ends_the_run_on_every_rank_and_says_what_to_do(
         assert f"rank {rank} of 2 failed while writing {reporter.path}" in message
         assert f"{reporter.path} could not be written at step 0: No space left on device" in message
         assert "Make room or choose another path" in message
+
+
+def test_a_row_that_does_not_fit_the_disk_is_told_though_a_part_of_it_does(tmp_path: Path):
+    class Almost(FileIO):
+        """The third write fits by half, and tells only its number of bytes; then the disk is full."""
+
+        left = 3
+
+        def write(self, content) -> int:
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(content if self.left else content[: len(content) // 2])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gnnmd.md.reporters.thermo._opened", lambda *_: (Almost(tmp_path / "md.csv", "w"), -1))
+        with pytest.raises(OSError, match="could not be written at step 4: No space left"):
+            run(None, alloy(), [Thermo(2, tmp_path / "md.csv", live=False)], (20,))
 
 
 def test_extxyz_is_cut_behind_complete_frames_only(tmp_path: Path):

@@ -325,6 +325,14 @@ def test_a_restart_can_be_looked_at(tmp_path):
         assert one.get_potential_energy() == two.get_potential_energy()
 
 
+def test_atoms_of_a_restart_are_fixed_as_they_were(tmp_path):
+    atoms = crystal()
+    atoms.set_constraint(FixAtoms([1, 7]))
+    Simulation(atoms, unit_on(None), HOT, skin=0.5, restart=tmp_path / "r").run(1)
+    (held,) = read_atoms(tmp_path / "r").constraints
+    assert held.index.tolist() == [1, 7]
+
+
 def test_lines_are_neither_lost_nor_doubled(tmp_path):
     start(None, reporters=[Lines(tmp_path / "whole")]).run(60)
     options = {"restart": tmp_path / "r", "restart_interval": 10, "keep": 3}

@@ -155,6 +155,11 @@ def test_constraints_of_the_structure_hold_also_after_resuming() -> None:
         moved = end.positions - atoms.positions
         assert_array_equal(moved[[0, 5]], 0)
         assert (np.abs(moved[1:5]) > 0).all()
+    last = read("md.extxyz")  # from which a new run may start
+    assert last.constraints[0].index.tolist() == [0, 5]
+    assert_allclose(
+        last.get_forces(apply_constraint=False), end.get_forces(apply_constraint=False), atol=1e-7
+    )
 
 
 def test_ctrl_c_finishes_the_step_and_keeps_the_state(monkeypatch: pytest.MonkeyPatch) -> None:

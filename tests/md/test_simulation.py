@@ -6,6 +6,7 @@ from ase.constraints import FixAtoms, FixCom
 from gnnmd import InferenceSettings, PredictUnit
 from gnnmd.graph import AtomBatch
 from gnnmd.md import NVE, Bussi, Langevin, NoseHoover, Simulation
+from gnnmd.md.reporters import Thermo, Trajectory
 from gnnmd.models.emt import emt
 from gnnmd.models.escn_md import ExpertsConfig
 from gnnmd.models.merge import merged
@@ -54,6 +55,8 @@ def test_fixed_atoms_stay_and_others_move(integrator):
     moved = np.linalg.norm(end.positions - atoms.positions, axis=1)
     assert (moved[[0, 5]] == 0).all()
     assert (np.delete(moved, [0, 5]) > 0).all()
+    (still,) = end.constraints  # so that another simulation holds them too
+    assert still.index.tolist() == [0, 5]
 
 
 def test_what_cannot_be_simulated_is_refused():
@@ -63,6 +66,53 @@ def test_what_cannot_be_simulated_is_refused():
     atoms.set_constraint(FixCom())
     with pytest.raises(ValueError, match="only FixAtoms"):
         Simulation(atoms, unit(), NVE(), temperature=300)
+    atoms.set_constraint(FixAtoms([3, 144]))
+    with pytest.raises(ValueError, match="FixAtoms holds atom 144, but there are 144 atoms, 0 to 143"):
+        Simulation(atoms, unit(), NVE(), temperature=300)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"temperature": -10.0}, "temperature must be finite and not negative, got -10.0 K"),
+        (
+            {"masses": 0.0},
+            {"temperature": 10.0},
+            "the mass of atom 0 must be positive, got 0.0 .144 such atoms",
+        ),
+        ({"momenta": np.nan}, {}, "the momentum of atom 0 must be finite"),
+        ({}, {"integrator": "nvt"}, "the integrator must be one like NVE.timestep=1.0., got 'nvt'"),
+        ({}, {"unit": "silver"}, "the unit must be a PredictUnit or a Potential, got 'silver'"),
+        ({}, {"reporters": ["thermo"]}, "reporters must be a list of reporters"),
+        ({}, {"reporters": [Trajectory("a"), Thermo(path="./a")]}, "2 reporters write .*/a"),
+    ],
+)
+def test_what_means_nothing_is_refused_before_it_is_simulated(change, options, message):
+    atoms = crystal()
+    for name, value in change.items():
+        atoms.set_array(name, np.full((len(atoms), 3) if name == "momenta" else len(atoms), value))
+    with pytest.raises((ValueError, TypeError), match=message):
+        Simulation(**{"atoms": atoms, "unit": unit(), "integrator": Langevin(), **options})
+
+
+@pytest.mark.parametrize("steps", [2.5, 10.0, "many"])
+def test_steps_are_whole_numbers(steps):
+    simulation = Simulation(crystal(), unit(), Langevin())
+    with pytest.raises(TypeError, match=f"steps must be a whole number, got {steps!r}"):
+        simulation.run(steps)
+    assert simulation.run(np.int64(2)).step == 2
+
+
+def test_processes_that_were_started_together_do_not_write_the_same_files(monkeypatch, tmp_path):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for options in ({"restart": tmp_path / "r"}, {"reporters": [Thermo(path=tmp_path / "a")]}):
+        with pytest.raises(ValueError, match=f"2 processes.* write the same {tmp_path}.*workers=2"):
+            Simulation(crystal(), unit(), Langevin(), **options)
+    with pytest.raises(ValueError, match="workers=2"):
+        Simulation.resume(tmp_path / "r", unit())
+    assert not list(tmp_path.iterdir())
+    assert Simulation(crystal(), unit(), Langevin(), reporters=[Thermo(path=None)]).run(1).step == 1
 
 
 def test_the_skin_that_is_found_changes_nothing_but_the_pace():

@@ -46,7 +46,9 @@ class Callback(Reporter):
 
     def report(self, view: View) -> dict[str, Any] | None:
         """Gather on the first rank. Collective."""
-        rows = view.gather_on_first("numbers", "masses", *dict.fromkeys(("positions", *self.gather)))
+        rows = view.gather_on_first(
+            "numbers", "masses", "mobile", *dict.fromkeys(("positions", *self.gather))
+        )
         scalars = view.scalars()
         if rows is None:
             return None

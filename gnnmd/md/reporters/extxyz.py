@@ -21,9 +21,9 @@ from gnnmd.md.reporters.frames import atoms_of
 class Trajectory(Recorder):
     """Writes frames in the order of the input, gathered on the first rank; for up to some 1e5 atoms.
 
-    A frame has energy, step and ``time_fs``, momenta, forces and stress. It is written while the simulation
-    goes on; what fails is raised on every rank at the next report, or when the run ends. Larger systems take
-    `ZarrTrajectory`.
+    A frame has energy, step and ``time_fs``, momenta, forces, stress and which atoms are fixed. It is written
+    while the simulation goes on; what fails is raised on every rank at the next report, or when the run ends.
+    Larger systems take `ZarrTrajectory`.
 
     Attributes:
         path: extxyz file.
@@ -75,7 +75,7 @@ class Trajectory(Recorder):
         return self._ranks.from_first(newest)
 
     def _write(self, view: View) -> None:
-        names = ["numbers", "positions", "masses"]
+        names = ["numbers", "positions", "masses", "mobile"]
         names += ["velocities"] if self.velocities else []
         names += ["forces"] if self.forces else []
         rows = view.gather_on_first(*names)

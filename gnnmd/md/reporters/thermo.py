@@ -85,7 +85,7 @@ class Thermo(Recorder):
             if self._file is not None:
                 text = ",".join(_text(row[name]) for name in _columns(view)) + "\n"
                 try:
-                    self._file.write(text.encode())
+                    _write_all(self._file, text.encode())
                 except OSError as error:
                     raise cannot_write(self.path, view.step, error) from error
         return row if view.first else None
@@ -121,6 +121,12 @@ def _row(view: View) -> dict[str, float]:
     row["ns_per_day"] = view.integrator.timestep * 1e-6 * 86400 / seconds if known else math.nan
     row["katom_step_per_s"] = view.engine.n_atoms / seconds / 1e3 if known else math.nan
     return row
+
+
+def _write_all(file: BinaryIO, content: bytes) -> None:
+    """Write to an unbuffered file, which may take a part and say no word of what does not fit the disk."""
+    while content:
+        content = content[file.write(content) :]
 
 
 def _text(value: float) -> str:
