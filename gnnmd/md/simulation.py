@@ -328,8 +328,8 @@ def _check_writers(unit: PredictUnit, reporters: Sequence[Reporter], restart: st
         raise ValueError(
             f"torchrun or srun has started {world.size} processes, and each would run this simulation by "
             f"itself and write the same {restart if restart is not None else paths[0]}. Make the PredictUnit "
-            f"with workers={world.size} to share the atoms; for simulations of their own with files of their "
-            "own, remove RANK and SLURM_STEP_ID from os.environ before"
+            f"with workers='auto' or {world.size} to share the atoms; for simulations of their own, with "
+            "files of their own, remove RANK and SLURM_STEP_ID from os.environ before"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from ase import Atoms
@@ -31,7 +31,7 @@ from gnnmd.predict.merging import MergedExperts
 from gnnmd.predict.partitioned import PartitionedPotential
 from gnnmd.predict.settings import InferenceSettings
 from gnnmd.predict.upstream import load_upstream
-from gnnmd.predict.workers import WorkerPotential, evaluated_by
+from gnnmd.predict.workers import WorkerPotential, evaluated_by, number_of_workers
 
 
 class PredictUnit:
@@ -46,7 +46,8 @@ class PredictUnit:
         potential: the model; it is copied and stays as it was.
         device: where to compute; None takes a GPU if there is one.
         settings: arithmetic, memory and outputs.
-        workers: number of processes; None computes in this one.
+        workers: number of processes; "auto": as many as torchrun or srun started, else one per visible GPU;
+            None computes in this one.
 
     Attributes:
         potential: the copy that is evaluated (with experts to be merged, the one they are merged from); with
@@ -54,7 +55,7 @@ class PredictUnit:
         device: where it is evaluated.
         settings: as given.
         info: what the checkpoint says about itself, if there was one.
-        workers: as given.
+        workers: how many there are; None if this process computes.
 
     Raises:
         ValueError: the device does not exist here, or there are not as many GPUs or processes as workers.
@@ -66,18 +67,18 @@ class PredictUnit:
         *,
         device: str | torch.device | None = None,
         settings: InferenceSettings | None = None,
-        workers: int | None = None,
+        workers: int | Literal["auto"] | None = None,
     ) -> None:
         self.settings = settings or InferenceSettings()
         self.device = _existing_device(device)
         self.info: CheckpointInfo | None = None
-        self.workers = workers
+        self.workers = number_of_workers(workers, self.device)
         self._together: PartitionedPotential | WorkerPotential | None = None
         self._bytes_per_row: float | None = None
         self._most_rows: float = self.settings.max_edges or float("inf")
         stack = ExitStack()
         self._close = weakref.finalize(self, stack.close)
-        if workers is None:
+        if self.workers is None:
             self.potential = frozen_copy(potential, self.device, self.settings)
             self._experts = MergedExperts(self.potential, self.settings)
             return
@@ -88,7 +89,7 @@ class PredictUnit:
             )
         self.potential = frozen_copy(potential, torch.device("cpu"), self.settings)
         self._together = stack.enter_context(
-            evaluated_by(workers, self.potential, self.settings, self.device.type)
+            evaluated_by(self.workers, self.potential, self.settings, self.device.type)
         )
 
     @classmethod
@@ -98,7 +99,7 @@ class PredictUnit:
         *,
         device: str | torch.device | None = None,
         settings: InferenceSettings | None = None,
-        workers: int | None = None,
+        workers: int | Literal["auto"] | None = None,
     ) -> "PredictUnit":
         """Load a checkpoint file, or one that comes with the package by name ("silver")."""
         potential, info = load_checkpoint(path)
@@ -115,7 +116,7 @@ class PredictUnit:
         head: str | None = None,
         device: str | torch.device | None = None,
         settings: InferenceSettings | None = None,
-        workers: int | None = None,
+        workers: int | Literal["auto"] | None = None,
     ) -> "PredictUnit":
         """Load a checkpoint of fairchem-core (UMA, eSEN) or deepmd-kit (DPA-2, DPA-3); see `load_upstream`.
 
@@ -125,7 +126,7 @@ class PredictUnit:
             head: which head of a deepmd-kit model.
             device: where to compute; None takes a GPU if there is one.
             settings: arithmetic, memory and outputs.
-            workers: number of processes; None computes in this one.
+            workers: see `PredictUnit`.
         """
         potential, _ = load_upstream(path, task=task, head=head)
         return cls(potential, device=device, settings=settings, workers=workers)

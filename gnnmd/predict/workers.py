@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -73,6 +73,27 @@ def evaluated_by(
         finally:
             together.leave()
             release_captures()
+
+
+def number_of_workers(workers: int | Literal["auto"] | None, device: torch.device) -> int | None:
+    """Return how many processes are meant; None is this one alone.
+
+    Args:
+        workers: a number; "auto" is as many as torchrun or srun started together, else one per visible GPU.
+        device: where they compute; one GPU with a number is one process.
+
+    Raises:
+        ValueError: another word.
+    """
+    if workers is None or isinstance(workers, int):
+        return workers
+    if workers != "auto":
+        raise ValueError(f"workers={workers!r}: give a number of processes, 'auto' or None")
+    world = World.from_environment()
+    if world is not None:
+        return world.size if world.size > 1 else None
+    gpus = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
+    return gpus if gpus > 1 else None
 
 
 def check_alone(n: int | None) -> None:

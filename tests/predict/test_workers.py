@@ -21,6 +21,7 @@ from gnnmd.models.escn_md import EscnMDConfig
 from gnnmd.models.potential import Potential, Prediction
 from gnnmd.parallel import WorkerDied
 from gnnmd.predict import InferenceSettings, PredictUnit, save_checkpoint
+from gnnmd.predict.workers import number_of_workers
 from tests.lennard_jones import FirstFeature, Hungry
 
 SETTINGS = InferenceSettings(dtype="float64", descriptors=True)
@@ -230,6 +231,21 @@ def test_numbers_of_workers_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> N
     assert PredictUnit(network(), device="cpu").predict(slab()).energy.isfinite()  # alone, as ever
 
 
+def test_how_many_workers_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda, one = (torch.device(name) for name in ("cpu", "cuda", "cuda:1"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert [number_of_workers(n, cuda) for n in (None, 1, 2)] == [None, 1, 2]
+    assert [number_of_workers("auto", device) for device in (cuda, one, cpu)] == [3, None, None]
+    with pytest.raises(ValueError, match="workers='all': give a number of processes, 'auto' or None"):
+        number_of_workers("all", cuda)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert [number_of_workers("auto", device) for device in (cuda, cpu)] == [4, 4]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert number_of_workers("auto", cuda) is None
+    assert PredictUnit(network(), device="cpu", workers="auto").workers is None
+
+
 # Lines are written at once: two processes write to one pipe, and print() writes in pieces.
 SCRIPT = """
 import os
@@ -237,7 +253,7 @@ from ase.build import bulk
 from gnnmd import GNNMDCalculator, InferenceSettings, PredictUnit
 
 exact = InferenceSettings(dtype="float64")
-unit = PredictUnit.from_checkpoint("model.safetensors", device="cpu", settings=exact, workers=2)
+unit = PredictUnit.from_checkpoint("model.safetensors", device="cpu", settings=exact, workers=WORKERS)
 atoms = bulk("Ag", cubic=True) * (2, 2, 5)
 atoms.rattle(0.1, seed=1)
 atoms.calc = GNNMDCalculator(unit, dataset="pbe")
@@ -258,7 +274,8 @@ except ValueError as error:
 def test_a_script_without_main_guard(starter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Started as one process, or as many by torchrun: the same lines, the same numbers in every process."""
     save_checkpoint(tmp_path / "model.safetensors", network())
-    (tmp_path / "script.py").write_text(SCRIPT + DIFFERENT * (starter == "torchrun"))
+    script = SCRIPT.replace("WORKERS", "2" if starter == "python" else "'auto'")
+    (tmp_path / "script.py").write_text(script + DIFFERENT * (starter == "torchrun"))
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [sys.executable, *(torchrun if starter == "torchrun" else []), "script.py"]
