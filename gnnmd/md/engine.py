@@ -108,6 +108,7 @@ class Engine:
         n_atoms: of all ranks.
         n_mobile: those that are not held fixed.
         wants_stress: whether evaluations compute the stress, asked or not.
+        knows_stress: whether the last one did, so that the state's stress is not that of an earlier step.
         was_read: whether the last evaluation was one that looked at the device.
         wished: the largest wish of all ranks at the last reading.
         own_pace: seconds per step on this rank; set by the loop.
@@ -141,7 +142,7 @@ class Engine:
         self.ranks, self.potential = evaluator.ranks, evaluator.potential
         self.seed = seed
         self.counters = Counters()
-        self.wants_stress = self.was_read = False
+        self.wants_stress = self.knows_stress = self.was_read = False
         self.wished = 0
         self.own_pace = self.pace = math.nan
         self.next_skin: float | None = None
@@ -224,7 +225,7 @@ class Engine:
             cell=self.plan.graph.cell[0].clone(),
             pbc=self.system.pbc[0],
             energy=x.new_zeros(()),
-            stress=x.new_zeros(3, 3),
+            stress=x.new_full((3, 3), math.nan),  # stays so where the potential has none
             **self._owned_columns(),
         )
 
@@ -276,7 +277,7 @@ class Engine:
             p = self.evaluation(self.plan, s.positions, s.cell[None], stress=stress, exact=exact)
         if self.evaluation.lacked is not None:
             self._worst = torch.maximum(self._worst, TOO_MANY * self.evaluation.lacked)
-        s.energy, s.forces = p.energy[0], p.forces
+        s.energy, s.forces, self.knows_stress = p.energy[0], p.forces, stress
         if stress and p.stress is not None:
             s.stress = p.stress[0]
 

@@ -210,6 +210,7 @@ class Loop:
 
     def scalars(self) -> dict[str, float]:
         """Return temperature, energies, ... of the current step; see `View.scalars`. Collective."""
+        self._know_stress()
         return self._view().scalars()
 
     def gather(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -218,6 +219,7 @@ class Loop:
         Args:
             names: per-atom columns of `State`.
         """
+        self._know_stress()
         s, plan = self.state, self.engine.plan
         rows = {name: plan.gather_owned(getattr(s, name)).cpu() for name in names}
         whole = {name: getattr(s, name).cpu() for name in ("cell", "pbc", "energy", "stress")}
@@ -257,10 +259,16 @@ class Loop:
         ):
             return False
         self._last = self.state.step
-        known = self.integrator.needs_stress or self.engine.wants_stress
-        if any(r.needs_stress for r in self.reporters) and not known:
-            self.engine.call(self.state, stress=True)
+        if any(r.needs_stress for r in self.reporters):
+            self._know_stress()
         return True
+
+    def _know_stress(self) -> None:
+        """Compute the stress of the current step, unless it is known. Collective."""
+        if not self.engine.knows_stress:
+            s = replace(self.state)  # whose energy and forces stay as they are, to the last bit
+            self.engine.call(s, stress=True)
+            self.state.stress = s.stress
 
     def _asks_whether_done(self, step: int) -> bool:
         # Not at every step that is looked at: some are because of the clock.
