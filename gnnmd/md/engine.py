@@ -256,9 +256,9 @@ class Engine:
         """Let the next evaluation look at the device: its step will be reported."""
         self._every = 0
 
-    def go_back(self, until: int) -> None:
-        """Watch all steps before ``until``: those since the last reading are to be repeated."""
-        self.counters.repeated += 1
+    def go_back(self, plan: Plan, until: int) -> None:
+        """Take up the plan of the last reading, and watch all steps before ``until``, made once more."""
+        self.plan, self.counters.skin = plan, plan.skin
         self._watch_until = until
         self._unread, self._every = 0, 1
         self._worst = torch.zeros_like(self._worst)
@@ -329,6 +329,7 @@ class Engine:
         now, worst, fastest, wished, pace, *parts, kinetic_energy, energy = values
         self.counters.readings += 1
         if worst > 1:  # first: edges that were missing explain the strangest numbers
+            self.counters.repeated += 1
             raise RepeatSteps
         self._check(s, [now, fastest, kinetic_energy, energy])
         self.wished, self.pace = int(wished), pace or math.nan

@@ -125,7 +125,8 @@ class Loop:
         else:
             self.state = self._resumed(kept, new_potential)
         # The state at the last reading, and the one before, of which the last reading has found no fault.
-        self._good = self._sound = self.state.copy()
+        self._mark_good()
+        self._sound = self._good
         self._watched_from = self.state.step
         self._last = 0
         # The steps of the restart that this one goes on from, and of the newest in its folder.
@@ -155,7 +156,7 @@ class Loop:
         with self._saving_the_last_good():
             for reporter in self.reporters:
                 reporter.begin(self._view())
-            self._good = self.state.copy()  # reporters may have added columns
+            self._mark_good()  # reporters may have added columns
             return self.progress(self._report() if self.state.step == 0 else [])
 
     def advance(self, until: int, asked: int = 0) -> Progress:
@@ -236,12 +237,15 @@ class Loop:
         engine.wants_stress = any(r.needs_stress for r in due)
         try:
             self.integrator.step(self.state, engine)
-        except RepeatSteps:
-            engine.go_back(self.state.step)
+        except BaseException as error:  # also what leaves half a step behind: Ctrl-C, too little memory
+            engine.go_back(self._good_plan, self.state.step)
             self.state = self._good.copy()
-            return False
+            if isinstance(error, RepeatSteps):
+                return False
+            raise
         if engine.was_read:
-            self._sound, self._good = self._good, self.state.copy()
+            self._sound = self._good
+            self._mark_good()
         if engine.tunes and self.state.step - self._watched_from >= WATCHED:
             skins = SKINS if self.setup.skin is None else (self.setup.skin,)
             how, engine.next_skin = cheapest(engine, self.state, skins)
@@ -332,8 +336,12 @@ class Loop:
                 row = reporter.report(view)
                 if row is not None:
                     rows.append((i, row))
-        self._good = self.state.copy()  # with what reporters keep in columns
+        self._mark_good()  # with what reporters keep in columns
         return rows
+
+    def _mark_good(self) -> None:
+        """Remember where to go back to."""
+        self._good, self._good_plan = self.state.copy(), self.engine.plan
 
     def _view(self) -> View:
         return View(self.state, self.engine, self.integrator, self.engine.pace, self._last)
