@@ -261,7 +261,7 @@ class Simulation:
 
 def _forget(unit: PredictUnit, handle: int) -> None:
     try:
-        unit.on_ranks(loop.forget, handle)
+        unit.on_ranks_soon(loop.forget, handle)
     except Exception:  # the workers are gone already, or the ranks have parted
         loop.drop(handle)
 
