@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gnnmd.graph import AtomBatch
 from gnnmd.md import restart, shards, signals
-from gnnmd.md.engine import Counters, Engine, RepeatSteps, SimulationError
+from gnnmd.md.engine import Counters, Engine, RepeatSteps
+from gnnmd.md.guards import SimulationError, check_finite
 from gnnmd.md.integrators import Integrator
 from gnnmd.md.reporters import Reporter, View
 from gnnmd.md.setup import Setup, to_plain
@@ -287,7 +288,7 @@ class Loop:
         folder, s, ranks = self.setup.restart, self.state, self.engine.ranks
         if folder is None or self._kept_at == s.step:
             return
-        self.engine.check_finite(s)
+        check_finite(s, ranks)
         restart.write(shards.step_folder(folder, s.step), s, self.engine, self.setup, self._potential, found)
         with ranks.together(f"removing old restarts in {folder}"):
             if ranks.rank == 0:

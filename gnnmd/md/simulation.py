@@ -20,7 +20,8 @@ from torch import Tensor
 from gnnmd.graph import AtomBatch
 from gnnmd.graph.boxed import check_boxes
 from gnnmd.md import loop, random, signals
-from gnnmd.md.engine import Counters, Limits
+from gnnmd.md.engine import Counters
+from gnnmd.md.guards import Limits
 from gnnmd.md.integrators import Integrator
 from gnnmd.md.loop import Progress, Resumed
 from gnnmd.md.reporters import Reporter
