@@ -31,7 +31,7 @@ from gnnmd.bench.clock import Clock
 from gnnmd.bench.records import describe, print_record, provenance, silver
 from gnnmd.graph import AtomBatch
 from gnnmd.interfaces.ase import GNNMDCalculator
-from gnnmd.md.engine import Limits
+from gnnmd.md.guards import Limits
 from gnnmd.md.integrators import NVE, kinetic_energy
 from gnnmd.md.loop import start
 from gnnmd.md.setup import Setup

@@ -1,4 +1,4 @@
-"""Forces of a partitioned system, step after step: when a plan stands, when it is rebuilt, what is checked.
+"""Forces of a partitioned system, step after step: when a plan stands, when it is rebuilt.
 
 Between rebuilds a step needs no answer from the device. How far atoms have moved is followed on the device
 at every step and read every few: the next reading is due when an atom, flying on as it does, will have used
@@ -7,8 +7,7 @@ repeated with closer readings. So no step ever stands whose edges may have been 
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +15,17 @@ import torch
 from torch import Tensor
 
 from gnnmd.graph import AtomBatch
-from gnnmd.graph.geometry import edge_vectors
 from gnnmd.md.evaluation import Evaluation
+from gnnmd.md.guards import Limits, SimulationError, check_apart, check_complete, check_finite, check_limits
 from gnnmd.md.state import State
 from gnnmd.parallel import Plan, RankFailure, build_plan
 from gnnmd.predict.evaluation import RankPotential, own_arithmetic
-from gnnmd.units import BOLTZMANN, FEMTOSECOND
+from gnnmd.units import FEMTOSECOND
 
 #: The next reading is at the first step that may use up this part of the skin, by what is known now.
 MARGIN = 0.95
 #: Most steps between two readings.
 LONGEST = 20
-#: Atoms nearer than this at the start are taken for the same one given twice, Angstrom.
-CLOSEST = 0.01
-
-#: What to do about a simulation that has lost its meaning.
-_REMEDY = "Atoms that are too close at the start need `FIRE` first; else try a shorter time step"
 #: What counts as a used-up skin where a list had too little room.
 TOO_MANY = 2.0
 #: Per-atom columns of a `State` that every plan carries.
@@ -42,10 +36,6 @@ KEPT = ("positions now", "forces now")
 
 class RepeatSteps(Exception):
     """Steps since the last reading may have missed an edge; raised on every rank."""
-
-
-class SimulationError(FloatingPointError):
-    """A simulation has lost its meaning; the message says what was found."""
 
 
 @dataclass
@@ -66,20 +56,6 @@ class Counters:
     readings: int = 0
     repeated: int = 0
     skin: float = 0.0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Beyond these a simulation has lost its meaning and stops.
-
-    Attributes:
-        temperature: K, of all mobile atoms.
-        energy: eV per atom by which the potential energy may differ from where the simulation began. It falls
-            when atoms come together where the potential was never trained.
-    """
-
-    temperature: float = 20_000.0
-    energy: float = 10.0
 
 
 class Engine:
@@ -108,6 +84,7 @@ class Engine:
         n_atoms: of all ranks.
         n_mobile: those that are not held fixed.
         wants_stress: whether evaluations compute the stress, asked or not.
+        knows_stress: whether the last one did, so that the state's stress is not that of an earlier step.
         was_read: whether the last evaluation was one that looked at the device.
         wished: the largest wish of all ranks at the last reading.
         own_pace: seconds per step on this rank; set by the loop.
@@ -141,7 +118,7 @@ class Engine:
         self.ranks, self.potential = evaluator.ranks, evaluator.potential
         self.seed = seed
         self.counters = Counters()
-        self.wants_stress = self.was_read = False
+        self.wants_stress = self.knows_stress = self.was_read = False
         self.wished = 0
         self.own_pace = self.pace = math.nan
         self.next_skin: float | None = None
@@ -182,7 +159,7 @@ class Engine:
         Raises:
             SimulationError: these are not finite, or two atoms are in the same place.
         """
-        self._check_apart()
+        check_apart(self.plan)
         s = self._first_state(step)
         self.compute_first(s)
         return s
@@ -212,7 +189,7 @@ class Engine:
             SimulationError: these are not finite.
         """
         self.call(s, stress=True)
-        self.check_finite(s)
+        check_finite(s, self.ranks)
         self.first_energy = float(s.energy)
 
     def _first_state(self, step: int) -> State:
@@ -224,7 +201,7 @@ class Engine:
             cell=self.plan.graph.cell[0].clone(),
             pbc=self.system.pbc[0],
             energy=x.new_zeros(()),
-            stress=x.new_zeros(3, 3),
+            stress=x.new_full((3, 3), math.nan),  # stays so where the potential has none
             **self._owned_columns(),
         )
 
@@ -255,9 +232,9 @@ class Engine:
         """Let the next evaluation look at the device: its step will be reported."""
         self._every = 0
 
-    def go_back(self, until: int) -> None:
-        """Watch all steps before ``until``: those since the last reading are to be repeated."""
-        self.counters.repeated += 1
+    def go_back(self, plan: Plan, until: int) -> None:
+        """Take up the plan of the last reading, and watch all steps before ``until``, made once more."""
+        self.plan, self.counters.skin = plan, plan.skin
         self._watch_until = until
         self._unread, self._every = 0, 1
         self._worst = torch.zeros_like(self._worst)
@@ -276,7 +253,7 @@ class Engine:
             p = self.evaluation(self.plan, s.positions, s.cell[None], stress=stress, exact=exact)
         if self.evaluation.lacked is not None:
             self._worst = torch.maximum(self._worst, TOO_MANY * self.evaluation.lacked)
-        s.energy, s.forces = p.energy[0], p.forces
+        s.energy, s.forces, self.knows_stress = p.energy[0], p.forces, stress
         if stress and p.stress is not None:
             s.stress = p.stress[0]
 
@@ -328,8 +305,18 @@ class Engine:
         now, worst, fastest, wished, pace, *parts, kinetic_energy, energy = values
         self.counters.readings += 1
         if worst > 1:  # first: edges that were missing explain the strangest numbers
+            self.counters.repeated += 1
             raise RepeatSteps
-        self._check(s, [now, fastest, kinetic_energy, energy])
+        check_limits(
+            s,
+            self.ranks,
+            self._limits,
+            self.n_mobile,
+            moved=now,
+            fastest=fastest,
+            kinetic_energy=kinetic_energy,
+            change=(energy - self.first_energy) / self.n_atoms,
+        )
         self.wished, self.pace = int(wished), pace or math.nan
         self._stood += self._unread
         if self.tunes:
@@ -341,81 +328,6 @@ class Engine:
         self._unread, self._every = 0, due if s.step >= self._watch_until else 1
         self._worst = torch.zeros_like(self._worst)
 
-    def _check(self, s: State, values: list[float]) -> None:
-        """Stop every rank if the simulation has lost its meaning."""
-        moved, fastest, kinetic_energy, energy = values
-        if not all(map(math.isfinite, values)):
-            self.check_finite(s)
-            raise SimulationError(
-                f"at step {s.step} the largest part of the skin that is used up is {moved}, the largest "
-                f"speed {fastest}, the kinetic energy {kinetic_energy} eV, the cell {s.cell.tolist()} A. "
-                f"{_REMEDY}"
-            )
-        temperature = 2 * kinetic_energy / (3 * max(self.n_mobile, 1) * BOLTZMANN)
-        if temperature > self._limits.temperature:
-            raise SimulationError(
-                f"at step {s.step} the temperature is {temperature:.0f} K, above "
-                f"{self._limits.temperature:.0f} K; the fastest atom is {self._extreme(s, s.velocities)}. "
-                f"{_REMEDY}"
-            )
-        change = (energy - self.first_energy) / self.n_atoms
-        if abs(change) > self._limits.energy:
-            raise SimulationError(
-                f"at step {s.step} the potential energy has {'risen' if change > 0 else 'fallen'} by "
-                f"{abs(change):.2f} eV per atom since the beginning, more than {self._limits.energy} eV; the "
-                f"largest force acts on atom {self._extreme(s, s.forces)}. {_REMEDY}"
-            )
-
-    def check_finite(self, s: State) -> None:
-        """Stop every rank if a number of the state is not finite. Collective.
-
-        Raises:
-            SimulationError: names the step, the first rank that found some, and atoms.
-        """
-        with self._stopping_all(f"looking at step {s.step}"):
-            bad = ~(s.positions.isfinite() & s.velocities.isfinite() & s.forces.isfinite()).all(1)
-            if bad.any():
-                raise SimulationError(
-                    f"at step {s.step} positions, velocities or forces of atoms {_some(s.ids[bad])} are "
-                    f"not finite. {_REMEDY}"
-                )
-        if not (s.energy.isfinite() and s.cell.isfinite().all()):
-            raise SimulationError(
-                f"at step {s.step} the potential energy is {float(s.energy)} eV and the cell "
-                f"{s.cell.tolist()} A; they must be finite. {_REMEDY}"
-            )
-
-    def _check_apart(self) -> None:
-        """Refuse atoms on top of each other: no force parts them. Collective."""
-        plan = self.plan
-        g = plan.graph.with_positions(plan.gp.exchange(plan.positions), plan.graph.cell)
-        lengths = torch.linalg.vector_norm(edge_vectors(g), dim=1)
-        with self._stopping_all("looking for atoms that overlap"):
-            if len(lengths) and lengths.min() < CLOSEST:
-                pair = plan.ids[g.edge_index[:, lengths.argmin()]].sort().values.tolist()
-                raise SimulationError(
-                    f"atoms {pair[0]} and {pair[1]} are {float(lengths.min()):.1e} A from each other at the "
-                    "start, on top of each other; move or remove one of them"
-                )
-
-    @contextmanager
-    def _stopping_all(self, doing: str) -> Iterator[None]:
-        """Run local checks; what one rank finds stops all of them."""
-        try:
-            with self.ranks.together(doing):
-                yield
-        except RankFailure as error:
-            raise SimulationError(str(error)) from error
-
-    def _extreme(self, s: State, vectors: Tensor) -> str:
-        """Return the number and the rank of the atom with the longest of ``[n, 3]`` vectors. Collective."""
-        length = torch.linalg.vector_norm(vectors, dim=1)
-        longest = length.max() if len(length) else length.new_tensor(-1.0)
-        mine = longest == self.ranks.max(longest)
-        atom = int(s.ids[length.argmax()]) if mine else -1
-        atom, rank = self.ranks.max(s.ids.new_tensor([atom, self.ranks.rank if mine else -1])).tolist()
-        return f"{atom} (on rank {rank})"
-
     def _rebuild(self, s: State) -> None:
         carried = (s.velocities, s.masses, s.mobile, *(s.columns[name] for name in s.columns))
         self._columns = tuple(s.columns)
@@ -423,11 +335,7 @@ class Engine:
             plan = self.plan.rebuild(s.positions, s.cell[None], carried, skin=self.next_skin)
         except (ValueError, RankFailure) as error:  # its checks, which fail on every rank
             raise SimulationError(f"at step {s.step} the plan could not be rebuilt: {error}") from error
-        n_atoms = int(plan.graph.n_atoms.sum())
-        if n_atoms != self.n_atoms:
-            raise SimulationError(
-                f"at step {s.step} there are {n_atoms} atoms of {self.n_atoms}: {self._lost(s, plan)}"
-            )
+        check_complete(s, self.n_atoms, plan)
         self.plan = plan
         self.evaluation.begin_anew()
         self.counters.rebuilds += 1
@@ -437,14 +345,6 @@ class Engine:
         s.forces = torch.zeros_like(s.positions)
         for name, value in self._owned_columns().items():
             setattr(s, name, value)
-
-    def _lost(self, s: State, plan: Plan) -> str:
-        """Say which atoms of a state a plan does not have, and which ranks held them. Collective."""
-        owner = s.ids.new_full((2, self.n_atoms), -1)
-        owner[0, s.ids] = owner[1, plan.ids[: plan.gp.n_owned]] = self.ranks.rank
-        before, after = self.ranks.max(owner)
-        lost = (after < 0).nonzero()[:, 0]
-        return f"atoms {_some(lost)} were lost, of ranks {before[lost].unique().tolist()}"
 
     def _owned_columns(self) -> dict[str, Any]:
         """Return what the plan carries, by its name in a `State`."""
@@ -459,8 +359,3 @@ def _longest(vectors: Tensor) -> Tensor:
     """Return the largest length of ``[n, 3]`` vectors, 0 if there are none."""
     squared = vectors.square().sum(1)
     return torch.cat((squared, squared.new_zeros(1))).amax().sqrt()
-
-
-def _some(ids: Tensor) -> str:
-    shown = ", ".join(map(str, ids[:10].tolist()))
-    return shown if len(ids) <= 10 else f"{shown}, ... ({len(ids)} in all)"

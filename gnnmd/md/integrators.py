@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gnnmd.md import random
-from gnnmd.md.engine import Engine, Limits
+from gnnmd.md.engine import Engine
+from gnnmd.md.guards import Limits
 from gnnmd.md.state import State
 from gnnmd.units import BOLTZMANN, FEMTOSECOND
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gnnmd.graph import AtomBatch
 from gnnmd.md import restart, shards, signals
-from gnnmd.md.engine import Counters, Engine, RepeatSteps, SimulationError
+from gnnmd.md.engine import Counters, Engine, RepeatSteps
+from gnnmd.md.guards import SimulationError, check_finite
 from gnnmd.md.integrators import Integrator
 from gnnmd.md.reporters import Reporter, View
 from gnnmd.md.setup import Setup, to_plain
@@ -125,7 +126,8 @@ class Loop:
         else:
             self.state = self._resumed(kept, new_potential)
         # The state at the last reading, and the one before, of which the last reading has found no fault.
-        self._good = self._sound = self.state.copy()
+        self._mark_good()
+        self._sound = self._good
         self._watched_from = self.state.step
         self._last = 0
         # The steps of the restart that this one goes on from, and of the newest in its folder.
@@ -155,7 +157,7 @@ class Loop:
         with self._saving_the_last_good():
             for reporter in self.reporters:
                 reporter.begin(self._view())
-            self._good = self.state.copy()  # reporters may have added columns
+            self._mark_good()  # reporters may have added columns
             return self.progress(self._report() if self.state.step == 0 else [])
 
     def advance(self, until: int, asked: int = 0) -> Progress:
@@ -210,6 +212,7 @@ class Loop:
 
     def scalars(self) -> dict[str, float]:
         """Return temperature, energies, ... of the current step; see `View.scalars`. Collective."""
+        self._know_stress()
         return self._view().scalars()
 
     def gather(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -218,6 +221,7 @@ class Loop:
         Args:
             names: per-atom columns of `State`.
         """
+        self._know_stress()
         s, plan = self.state, self.engine.plan
         rows = {name: plan.gather_owned(getattr(s, name)).cpu() for name in names}
         whole = {name: getattr(s, name).cpu() for name in ("cell", "pbc", "energy", "stress")}
@@ -234,12 +238,15 @@ class Loop:
         engine.wants_stress = any(r.needs_stress for r in due)
         try:
             self.integrator.step(self.state, engine)
-        except RepeatSteps:
-            engine.go_back(self.state.step)
+        except BaseException as error:  # also what leaves half a step behind: Ctrl-C, too little memory
+            engine.go_back(self._good_plan, self.state.step)
             self.state = self._good.copy()
-            return False
+            if isinstance(error, RepeatSteps):
+                return False
+            raise
         if engine.was_read:
-            self._sound, self._good = self._good, self.state.copy()
+            self._sound = self._good
+            self._mark_good()
         if engine.tunes and self.state.step - self._watched_from >= WATCHED:
             skins = SKINS if self.setup.skin is None else (self.setup.skin,)
             how, engine.next_skin = cheapest(engine, self.state, skins)
@@ -257,10 +264,16 @@ class Loop:
         ):
             return False
         self._last = self.state.step
-        known = self.integrator.needs_stress or self.engine.wants_stress
-        if any(r.needs_stress for r in self.reporters) and not known:
-            self.engine.call(self.state, stress=True)
+        if any(r.needs_stress for r in self.reporters):
+            self._know_stress()
         return True
+
+    def _know_stress(self) -> None:
+        """Compute the stress of the current step, unless it is known. Collective."""
+        if not self.engine.knows_stress:
+            s = replace(self.state)  # whose energy and forces stay as they are, to the last bit
+            self.engine.call(s, stress=True)
+            self.state.stress = s.stress
 
     def _asks_whether_done(self, step: int) -> bool:
         # Not at every step that is looked at: some are because of the clock.
@@ -275,7 +288,7 @@ class Loop:
         folder, s, ranks = self.setup.restart, self.state, self.engine.ranks
         if folder is None or self._kept_at == s.step:
             return
-        self.engine.check_finite(s)
+        check_finite(s, ranks)
         restart.write(shards.step_folder(folder, s.step), s, self.engine, self.setup, self._potential, found)
         with ranks.together(f"removing old restarts in {folder}"):
             if ranks.rank == 0:
@@ -324,8 +337,12 @@ class Loop:
                 row = reporter.report(view)
                 if row is not None:
                     rows.append((i, row))
-        self._good = self.state.copy()  # with what reporters keep in columns
+        self._mark_good()  # with what reporters keep in columns
         return rows
+
+    def _mark_good(self) -> None:
+        """Remember where to go back to."""
+        self._good, self._good_plan = self.state.copy(), self.engine.plan
 
     def _view(self) -> View:
         return View(self.state, self.engine, self.integrator, self.engine.pace, self._last)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gnnmd.md.cells import check_can_change, check_way, deform, identity, project, turn_back
-from gnnmd.md.engine import Engine, Limits
+from gnnmd.md.engine import Engine
+from gnnmd.md.guards import Limits
 from gnnmd.md.integrators import Integrator
 from gnnmd.md.state import State
 from gnnmd.units import GPA_PER_EV_A3

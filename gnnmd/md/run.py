@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gnnmd.data.structures import read_structure
 from gnnmd.md import shards
-from gnnmd.md.engine import Limits
+from gnnmd.md.guards import Limits
 from gnnmd.md.reporters import Average, Reporter, Thermo, Trajectory, ZarrTrajectory
 from gnnmd.md.settings import MDConfig
 from gnnmd.md.simulation import Simulation

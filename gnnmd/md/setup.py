@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gnnmd.md
-from gnnmd.md.engine import Limits
+from gnnmd.md.guards import Limits
 from gnnmd.md.integrators import Integrator
 from gnnmd.md.reporters import Reporter
 

@@ -45,10 +45,11 @@ def listening() -> Iterator[None]:
     """
     global _asked, _active
 
-    delivered = threading.Event()
+    delivered = threading.Event()  # SIGTERM, or the end
 
     def handle(number: int, frame: FrameType | None) -> None:
-        delivered.set()
+        if number == signal.SIGTERM:
+            delivered.set()
         if _asked and number == signal.SIGINT and time.monotonic() - _since > _SAME_PRESS:
             raise KeyboardInterrupt
         note(number)
@@ -66,7 +67,7 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        _active = False
+        _asked, _active = 0, False
         signal.set_wakeup_fd(fd_before)
         delivered.set()
         os.close(write)  # which ends the thread

@@ -20,7 +20,8 @@ from torch import Tensor
 from gnnmd.graph import AtomBatch
 from gnnmd.graph.boxed import check_boxes
 from gnnmd.md import loop, random, signals
-from gnnmd.md.engine import Counters, Limits
+from gnnmd.md.engine import Counters
+from gnnmd.md.guards import Limits
 from gnnmd.md.integrators import Integrator
 from gnnmd.md.loop import Progress, Resumed
 from gnnmd.md.reporters import Reporter
@@ -261,7 +262,7 @@ class Simulation:
 
 def _forget(unit: PredictUnit, handle: int) -> None:
     try:
-        unit.on_ranks(loop.forget, handle)
+        unit.on_ranks_soon(loop.forget, handle)
     except Exception:  # the workers are gone already, or the ranks have parted
         loop.drop(handle)
 

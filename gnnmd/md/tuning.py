@@ -27,7 +27,7 @@ def cheapest(engine: Engine, s: State, skins: Sequence[float] = SKINS) -> tuple[
         skins: to choose from, Angstrom.
     """
     plan = engine.plan
-    ways = [(how, *_costs(engine, s, how)) for how in engine.evaluation.choices]
+    ways = [_costs(engine, s, how) for how in engine.evaluation.choices]
 
     def edges(skin: float) -> float:
         """How many times more edges than with the skin that was measured."""
@@ -42,8 +42,11 @@ def cheapest(engine: Engine, s: State, skins: Sequence[float] = SKINS) -> tuple[
     return best[0], skin
 
 
-def _costs(engine: Engine, s: State, how: str) -> tuple[bool, float, float]:
-    """Return whether the network is spared the skin, and the seconds of a call and of a rebuild."""
+def _costs(engine: Engine, s: State, how: str) -> tuple[str, bool, float, float]:
+    """Return the evaluation, whether it spares the network the skin, and seconds of a call and of a rebuild.
+
+    It is another one than it should be where that failed (a capture, for want of memory).
+    """
 
     def seconds(work: Callable[[], None]) -> float:
         _wait(s)
@@ -63,7 +66,7 @@ def _costs(engine: Engine, s: State, how: str) -> tuple[bool, float, float]:
     both, calling = seconds(rebuild), seconds(lambda: engine.call(s, exact=False))
     found = torch.tensor([calling, max(both - calling, 0.0)], device=s.positions.device)
     calling, rebuilding = engine.ranks.max(found).tolist()
-    return engine.evaluation.spared, calling, rebuilding
+    return engine.evaluation.how, engine.evaluation.spared, calling, rebuilding
 
 
 def _interval(travel: list[tuple[int, float]], skin: float) -> float:

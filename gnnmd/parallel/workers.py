@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import Pipe
@@ -52,6 +53,7 @@ class Workers:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
         self._lock = threading.Lock()
+        self._waiting: deque[bytes] = deque()  # calls of `call_soon`
         self._owner = os.getpid()
         self._end = weakref.finalize(self, _end, self._processes, self._pipes, self._owner)
         shared = {
@@ -94,35 +96,20 @@ class Workers:
             Exception: what a worker raised, its traceback added as a note. If all raised the same, they go on
                 living; otherwise one may wait for another, now or on its GPU, and all are ended.
         """
-        if os.getpid() != self._owner:
-            raise RuntimeError(
-                f"the workers belong to process {self._owner}; this one, forked from it, needs its own"
-            )
-        message = pickle.dumps((function.__module__, function.__qualname__, pickle.dumps(args, 5)), 5)
-        with self._lock:  # threads take turns: two calls in different orders would never meet
-            if not self._pipes:
-                raise WorkerDied("the workers are closed, or have died; start new ones")
-            try:
-                for pipe in self._pipes:
-                    with suppress(OSError):  # a dead worker shows when its answer is read
-                        pipe.send_bytes(message)
-                results, failures = self._answers()
-            except BaseException:  # Ctrl-C in the middle of a call: nobody knows what the workers hold
-                self.close()
-                raise
-            if not failures:
-                return [results[rank] for rank in sorted(results)]
-            # The first that died explains why others complain about their connections.
-            first = next(
-                (e for e in failures.values() if isinstance(e, WorkerDied)), min(failures.items())[1]
-            )
-            alike = (
-                len(failures) == len(self._pipes) and len({(type(e), str(e)) for e in failures.values()}) == 1
-            )
-            if isinstance(first, WorkerDied) or not alike:
-                first.add_note("not all workers failed alike, so they were ended; start new ones")
-                self.close()
-            raise first
+        message = self._message(function, args)
+        try:
+            with self._lock:  # threads take turns: two calls in different orders would never meet
+                return self._run(message)
+        finally:
+            self._catch_up()
+
+    def call_soon(self, function: Callable[..., Any], *args: Any) -> None:
+        """Do so without an answer, now or after the call that is under way.
+
+        For finalizers, which come at any time, on a thread that is in the middle of a call too.
+        """
+        self._waiting.append(self._message(function, args))
+        self._catch_up()
 
     def send_signal(self, number: int) -> None:
         """Send a signal to every process, for example while a call is under way in another thread."""
@@ -138,6 +125,44 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _message(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+        if os.getpid() != self._owner:
+            raise RuntimeError(
+                f"the workers belong to process {self._owner}; this one, forked from it, needs its own"
+            )
+        return pickle.dumps((function.__module__, function.__qualname__, pickle.dumps(args, 5)), 5)
+
+    def _run(self, message: bytes) -> list[Any]:
+        """Run what a message says on every worker; see `call`."""
+        if not self._pipes:
+            raise WorkerDied("the workers are closed, or have died; start new ones")
+        try:
+            for pipe in self._pipes:
+                with suppress(OSError):  # a dead worker shows when its answer is read
+                    pipe.send_bytes(message)
+            results, failures = self._answers()
+        except BaseException:  # Ctrl-C in the middle of a call: nobody knows what the workers hold
+            self.close()
+            raise
+        if not failures:
+            return [results[rank] for rank in sorted(results)]
+        # The first that died explains why others complain about their connections.
+        first = next((e for e in failures.values() if isinstance(e, WorkerDied)), min(failures.items())[1])
+        alike = len(failures) == len(self._pipes) and len({(type(e), str(e)) for e in failures.values()}) == 1
+        if isinstance(first, WorkerDied) or not alike:
+            first.add_note("not all workers failed alike, so they were ended; start new ones")
+            self.close()
+        raise first
+
+    def _catch_up(self) -> None:
+        """Make the calls that wait, unless another one is under way: after that they are made."""
+        while self._waiting and self._lock.acquire(blocking=False):
+            try:
+                with suppress(Exception):  # nobody listens; if it ended the workers, the next call says so
+                    self._run(self._waiting.popleft())
+            finally:
+                self._lock.release()
 
     def _answers(self) -> tuple[dict[int, Any], dict[int, Exception]]:
         """Return what each rank answered, or how it failed; ranks that do not answer are missing."""

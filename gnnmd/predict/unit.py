@@ -244,6 +244,13 @@ class PredictUnit:
             return function(self._together.share, *args)
         return function(RankPotential(self.potential, self.settings, Ranks(), self.device), *args)
 
+    def on_ranks_soon(self, function: Callable[..., Any], *args: Any) -> None:
+        """Do so without an answer, with workers after the call that is under way; for finalizers."""
+        if isinstance(self._together, WorkerPotential):
+            self._together.on_ranks_soon(function, *args)
+        else:
+            self.on_ranks(function, *args)
+
     def neighbor_list(self, batch: AtomBatch) -> NeighborList:
         """Return the neighbour list of a batch within the potential's cutoff, on the unit's device."""
         limit = self.potential.backbone.max_neighbors

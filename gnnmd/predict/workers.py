@@ -33,6 +33,10 @@ class WorkerPotential:
         """Run ``function(share, *args)`` on every worker; return what the first one returns."""
         return self._workers.call(_on_share, function, *args)[0]
 
+    def on_ranks_soon(self, function: Callable[..., Any], *args: Any) -> None:
+        """Do so after the call that is under way, if there is one; for finalizers."""
+        self._workers.call_soon(_on_share, function, *args)
+
     def rows(self, batch: AtomBatch) -> list[int]:
         """Return the number of edges and atoms of each system."""
         rows: list[int] = self._workers.call(_rows, _packed(batch))[0]

@@ -8,7 +8,7 @@ from ase import Atoms
 from ase.build import bulk
 
 from gnnmd.graph import AtomBatch
-from gnnmd.md.engine import Limits
+from gnnmd.md.guards import Limits
 from gnnmd.md.integrators import NVE, Integrator
 from gnnmd.md.loop import Loop, start
 from gnnmd.md.reporters import Reporter

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import resource
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from ase.md.velocitydistribution import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 
 from gnnmd.md import NVE, Limits, Simulation, SimulationError, StochasticCell, shards
-from gnnmd.md.engine import MARGIN
+from gnnmd.md.engine import MARGIN, Engine
 from gnnmd.md.restart import read_atoms
+from gnnmd.md.state import State
 from gnnmd.models.emt import emt
 from gnnmd.parallel import Plan, RankFailure, build_plan
 from tests.md.jobs import SmallFiles, breaking, unit_on
@@ -370,3 +372,30 @@ def test_no_space_left_is_told_with_the_place(tmp_path, monkeypatch):
         ):
             simulation.run(20)
     assert Simulation.resume(Path(tmp_path / "r"), unit_on(None)).step == 10
+
+
+# --- half a step
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
+def test_a_run_that_ended_within_a_step_goes_on_from_the_last_reading(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole, simulation = start(None).run(40), start(None)
+    ended_at, call = [], Engine.call
+
+    def failing(engine: Engine, s: State, **options: bool) -> None:
+        if engine.counters.evaluations % 4 == 3:
+            engine.counters.evaluations += 1
+            ended_at.append(engine.plan)
+            raise kind
+        call(engine, s, **options)
+
+    monkeypatch.setattr(Engine, "call", failing)
+    while simulation.step < 40:
+        with suppress(kind):
+            simulation.run(40 - simulation.step)
+    monkeypatch.undo()
+    assert len(ended_at) > len({id(plan) for plan in ended_at}) > 2  # some were new, some were not
+    np.testing.assert_allclose(simulation.atoms.positions, whole.atoms.positions, rtol=0, atol=1e-11)
+    assert simulation.counters.repeated == 0

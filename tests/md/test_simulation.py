@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from ase.build import bulk
 from ase.constraints import FixAtoms, FixCom
+from ase.stress import full_3x3_to_voigt_6_stress
 
 from gnnmd import InferenceSettings, PredictUnit
 from gnnmd.graph import AtomBatch
@@ -121,6 +122,33 @@ def test_the_skin_that_is_found_changes_nothing_but_the_pace():
         simulation = Simulation(crystal(), unit(), NVE(timestep=5), temperature=600, skin=skin).run(60)
         ends.append(simulation.atoms.positions)
     np.testing.assert_allclose(ends[0], ends[1], rtol=0, atol=1e-11)
+
+
+def test_the_stress_that_is_asked_for_later_is_that_of_the_current_step():
+    looked_at, left_alone = (Simulation(crystal(), unit(), NVE(5), temperature=600, skin=0.5) for _ in "12")
+    for simulation in (looked_at, left_alone):
+        simulation.run(20)
+    stress, pressure = looked_at.atoms.get_stress(), looked_at.scalars()["pressure"]
+    end = left_alone.run(20).atoms
+    np.testing.assert_array_equal(looked_at.run(20).atoms.positions, end.positions)
+    for then, now in ((stress, end.get_stress()), (pressure, left_alone.scalars()["pressure"])):
+        assert np.abs(now - then).max() > 1e-5
+    np.testing.assert_allclose(end.get_stress(), now_and_here(end), rtol=0, atol=1e-12)
+
+
+def now_and_here(atoms):
+    """Return the stress of atoms, evaluated anew."""
+    return full_3x3_to_voigt_6_stress(unit().predict(atoms).stress[0].numpy())
+
+
+def test_a_potential_without_stress_gives_no_pressure():
+    potential = escn_md(heads="direct", lmax=1, mmax=1)
+    assert not potential.has_stress
+    simulation = Simulation(
+        slab(), PredictUnit(potential, device="cpu", settings=EXACT), NVE(), temperature=10, skin=0.5
+    )
+    assert np.isnan(simulation.run(1).scalars()["pressure"])
+    assert "stress" not in simulation.atoms.calc.results
 
 
 def test_atoms_that_leave_the_cell_have_not_moved_farther_than_they_have():

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -183,6 +184,16 @@ def test_one_press_of_ctrl_c_that_comes_twice_is_one(monkeypatch):
         assert signals.asked() == signal.SIGTERM  # the inner one forgets nothing
 
 
+def test_a_run_on_another_thread_does_not_hear_of_earlier_signals():
+    simulation = start(None, reporters=[Stop(7, signal.SIGINT)])
+    with pytest.raises(KeyboardInterrupt):
+        simulation.run(20)
+    thread = threading.Thread(target=simulation.run, args=(5,))
+    thread.start()
+    thread.join()
+    assert simulation.step == 12
+
+
 def simulations_left(group) -> int:
     """Return how many simulations are held after the ranks have parted."""
     simulation = start(group)
@@ -202,9 +213,11 @@ import ctypes, os, signal, threading
 from gnnmd.md import signals
 signals.PATIENCE = 0.5
 with signals.listening():
-    os.kill(os.getpid(), signal.SIGUSR1)  # that one is delivered
-    assert signals.asked() == signal.SIGUSR1
+    os.kill(os.getpid(), signal.SIGTERM)  # that one is delivered
+    assert signals.asked() == signal.SIGTERM
 with signals.listening():
+    os.kill(os.getpid(), signal.SIGUSR1)  # and that one
+    assert signals.asked() == signal.SIGUSR1
     mutex = ctypes.create_string_buffer(64)
     ctypes.CDLL(None).pthread_mutex_lock(mutex)
     # later, so that the signal finds the main thread waiting and not on its way there

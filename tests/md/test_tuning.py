@@ -21,8 +21,11 @@ class Evaluation:
         self.how = how
         self.done.append(how)
 
+    def give_way(self):
+        self.how = "way 1"
 
-def chosen(monkeypatch, *costs, travel):
+
+def chosen(monkeypatch, *costs, travel, fails=False):
     """Return the evaluation and the skin.
 
     Args:
@@ -30,6 +33,7 @@ def chosen(monkeypatch, *costs, travel):
         *costs: of every evaluation, whether it spares the network the skin, and the seconds of a call and of
             a rebuild, whose first call is timed with it.
         travel: of the engine.
+        fails: whether the first evaluation gives way to the second when it is timed.
     """
     times = [t for _, calling, rebuilding in costs for t in (0.0, rebuilding + calling, 0.0, calling)]
     monkeypatch.setattr(tuning.time, "perf_counter", iter(times).__next__)
@@ -42,6 +46,9 @@ def chosen(monkeypatch, *costs, travel):
         travel=travel,
     )
     s = SimpleNamespace(positions=torch.zeros(1, 3), cell=torch.eye(3))
+    if fails:
+        monkeypatch.setattr(Evaluation, "switch", lambda evaluation, _: evaluation.give_way())
+        return tuning.cheapest(engine, s)
     found = tuning.cheapest(engine, s)
     assert done[:4] == ["rebuild", "way 0", "call", "call"]
     assert done[4:] == [
@@ -79,3 +86,9 @@ def test_the_faster_evaluation_is_chosen_with_its_own_skin(monkeypatch):
         chosen(monkeypatch, quick, travel=SOLID)[1],
     )
     assert chosen(monkeypatch, dear, slow, travel=SOLID)[0] == "way 1"  # its rebuilds cost too much
+
+
+def test_an_evaluation_that_failed_when_it_was_timed_is_not_chosen(monkeypatch):
+    """Dynamics would try it again, and end."""
+    quick, slow = (False, 0.5, 0.1), (True, 1.0, 0.1)
+    assert chosen(monkeypatch, quick, slow, travel=SOLID, fails=True)[0] == "way 1"

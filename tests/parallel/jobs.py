@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,11 @@ def echo(ranks: Ranks, *args: object) -> tuple[object, ...]:
 def process_id(ranks: Ranks) -> int:
     """Return the process of this rank."""
     return os.getpid()
+
+
+def touch(ranks: Ranks, path: Path) -> None:
+    """Leave a file for every rank."""
+    Path(f"{path}-{ranks.rank}").touch()
 
 
 def fail(ranks: Ranks, rank: int) -> None:

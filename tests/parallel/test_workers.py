@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,26 @@ def test_threads_of_the_caller_take_turns(workers: Workers) -> None:
     with ThreadPoolExecutor(8) as threads:
         sums = list(threads.map(lambda x: workers.call(jobs.total, x), range(40)))
     assert sums == [[2 * x + 1] * 2 for x in range(40)]
+
+
+def test_a_finalizer_in_the_middle_of_a_call_has_its_turn_after_it(
+    workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(pipes: list[Connection], timeout: float | None) -> list[object]:
+        if not called:
+            called.append(True)
+            workers.call_soon(jobs.touch, tmp_path / "soon")
+            assert not (tmp_path / "soon-0").exists()
+        return wait(pipes, timeout)
+
+    called: list[bool] = []
+    monkeypatch.setattr("gnnmd.parallel.workers.wait", interrupted)
+    assert workers.call(jobs.total, 3) == [7, 7]
+    assert (tmp_path / "soon-1").exists()
+    workers.call_soon(jobs.touch, tmp_path / "now")
+    assert (tmp_path / "now-1").exists()
+    workers.call_soon(jobs.fail_alike)
+    assert workers.call(jobs.total, 3) == [7, 7]
 
 
 def test_what_fails_on_all_alike_leaves_them_alive(workers: Workers) -> None:
