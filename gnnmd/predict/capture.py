@@ -1,7 +1,8 @@
 """Replay a whole evaluation on a GPU as one CUDA graph: a small system is bound by launching its kernels."""
 
-from collections.abc import Callable
-from contextlib import suppress
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from weakref import WeakSet
 
@@ -131,6 +132,18 @@ class _Memory:
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
 
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """Keep Python from ending the CUDA graph of a forgotten simulation, which would spoil a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 class _Capture:
     """One captured evaluation and the tensors it reads and writes."""
 
@@ -168,7 +181,7 @@ class _Capture:
         """Capture, computing nothing: no rank waits for another."""
         torch.cuda.synchronize(self._pos.device)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(memory.stream):
+        with torch.cuda.stream(memory.stream), _no_collecting():
             self._graph.capture_begin(memory.pool)
             try:
                 self._result = self._call()
