@@ -32,8 +32,8 @@ from gnnmd.bench.records import describe, print_record, provenance, silver
 from gnnmd.graph import AtomBatch
 from gnnmd.interfaces.ase import GNNMDCalculator
 from gnnmd.md.guards import Limits
+from gnnmd.md.handles import start
 from gnnmd.md.integrators import NVE, kinetic_energy
-from gnnmd.md.loop import start
 from gnnmd.md.setup import Setup
 from gnnmd.md.simulation import initial_columns
 from gnnmd.models.build import PotentialConfig, build_potential

@@ -253,8 +253,9 @@ class Engine:
             p = self.evaluation(self.plan, s.positions, s.cell[None], stress=stress, exact=exact)
         if self.evaluation.lacked is not None:
             self._worst = torch.maximum(self._worst, TOO_MANY * self.evaluation.lacked)
-        s.energy, s.forces, self.knows_stress = p.energy[0], p.forces, stress
-        if stress and p.stress is not None:
+        s.energy, s.forces = p.energy[0], p.forces
+        self.knows_stress = stress or p.stress is not None  # a replay always computes it
+        if p.stress is not None:
             s.stress = p.stress[0]
 
     def _moved(self, s: State) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -17,12 +17,11 @@ from gnnmd.graph import AtomBatch
 from gnnmd.md import restart, shards, signals
 from gnnmd.md.engine import Counters, Engine, RepeatSteps
 from gnnmd.md.guards import SimulationError, check_finite
-from gnnmd.md.integrators import Integrator
 from gnnmd.md.reporters import Reporter, View
 from gnnmd.md.setup import Setup, to_plain
 from gnnmd.md.state import State
 from gnnmd.md.tuning import FIRST_SKIN, SKINS, WATCHED, cheapest
-from gnnmd.parallel import RankFailure, share_of
+from gnnmd.parallel import RankFailure
 from gnnmd.predict.evaluation import RankPotential
 
 #: Weight of the newest step in the running mean of the time per step.
@@ -48,23 +47,6 @@ class Progress:
     converged: bool
     seconds: float
     counters: Counters
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """What the caller hears of a simulation that goes on from a restart.
-
-    Attributes:
-        progress: where it stands.
-        integrator: the equations of motion.
-        info: charge, spin and dataset, as in ``atoms.info``.
-        faults: why newer restarts were not taken.
-    """
-
-    progress: Progress
-    integrator: Integrator
-    info: dict[str, Any]
-    faults: list[str]
 
 
 class Loop:
@@ -346,76 +328,3 @@ class Loop:
 
     def _view(self) -> View:
         return View(self.state, self.engine, self.integrator, self.engine.pace, self._last)
-
-
-def start(share: RankPotential, setup: Setup, batch: AtomBatch, columns: dict[str, Tensor]) -> Loop:
-    """Return this rank's part in a new simulation of atoms that every rank was given. Collective.
-
-    Args:
-        share: potential and ranks.
-        setup: the simulation.
-        batch: the system.
-        columns: ``velocities``, ``masses`` and ``mobile`` of all its atoms (see `State`).
-    """
-    share.potential.dataset_index(batch)  # refuses what the potential cannot describe, on every rank
-    piece, ids = share_of(batch, share.ranks)
-    return Loop(share, setup, piece, ids, {name: column[ids] for name, column in columns.items()})
-
-
-#: The simulations of which this process holds atoms, by the handle that their caller knows them by.
-_loops: dict[int, Loop] = {}
-
-
-def begin(
-    share: RankPotential, handle: int, setup: Setup, batch: AtomBatch, columns: dict[str, Tensor]
-) -> None:
-    """Take this rank's part in a new simulation. Collective.
-
-    Raises:
-        FileExistsError, RankFailure: there are restarts already where it shall write its own.
-    """
-    with share.ranks.together("looking for restarts"):
-        if setup.restart is not None and share.ranks.rank == 0 and shards.steps_in(setup.restart):
-            raise FileExistsError(
-                f"{setup.restart} holds the restarts of another simulation, which this one would replace: go "
-                "on from them with Simulation.resume, choose another folder, or remove it"
-            )
-    _loops[handle] = start(share, setup, batch, columns)
-
-
-def resume(
-    share: RankPotential, handle: int, folder: Path, changes: Mapping[str, Any], new_potential: bool
-) -> Resumed:
-    """Take this rank's part in a simulation that goes on from a restart. Collective.
-
-    Args:
-        share: potential and ranks.
-        handle: by which the caller will know it.
-        folder: of restarts, or one of them.
-        changes: fields of `Setup` that are not those of the restart.
-        new_potential: whether the potential need not be that of the restart.
-
-    Raises:
-        FileNotFoundError, ValueError, RankFailure: there is no restart that can be used; says why.
-    """
-    path, faults = shards.find(folder, share.ranks)
-    kept = shards.read(path, share.ranks)
-    setup = Setup.resumed(kept.known["setup"], {"restart": path.parent, **changes})
-    loop = Loop(share, setup, *restart.piece(kept), kept=kept, new_potential=new_potential)
-    _loops[handle] = loop
-    return Resumed(loop.progress([]), loop.integrator, restart.info(kept), faults)
-
-
-def call(share: RankPotential, handle: int, method: str, *args: Any, **kwargs: Any) -> Any:
-    """Call a method of this rank's `Loop`. Collective."""
-    return getattr(_loops[handle], method)(*args, **kwargs)
-
-
-def forget(share: RankPotential, handle: int) -> None:
-    """Let go of a simulation."""
-    drop(handle)
-
-
-def drop(handle: int) -> None:
-    """Let go of a simulation here: it holds the process group, which must be gone before Python ends."""
-    _loops.pop(handle, None)

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from gnnmd.graph import AtomBatch
 from gnnmd.graph.boxed import check_boxes
-from gnnmd.md import loop, random, signals
+from gnnmd.md import handles, random, signals
 from gnnmd.md.engine import Counters
 from gnnmd.md.guards import Limits
+from gnnmd.md.handles import Resumed
 from gnnmd.md.integrators import Integrator
-from gnnmd.md.loop import Progress, Resumed
+from gnnmd.md.loop import Progress
 from gnnmd.md.reporters import Reporter
 from gnnmd.md.reporters.frames import fixed_atoms
 from gnnmd.md.setup import Setup
@@ -113,7 +114,7 @@ class Simulation:
         )
         self.integrator, self._info = integrator, start.info
         columns = initial_columns(atoms, integrator, temperature, seed)
-        self._unit.on_ranks(loop.begin, self._handle, setup, batch, columns)
+        self._unit.on_ranks(handles.begin, self._handle, setup, batch, columns)
 
     @classmethod
     def resume(
@@ -169,7 +170,7 @@ class Simulation:
         changes["reporters"] = simulation.reporters
         folder = Path(restart).absolute()
         resumed: Resumed = simulation._unit.on_ranks(
-            loop.resume, simulation._handle, folder, changes, new_potential
+            handles.resume, simulation._handle, folder, changes, new_potential
         )
         simulation.integrator, simulation._info = resumed.integrator, resumed.info
         simulation._take_in(resumed.progress)
@@ -257,14 +258,14 @@ class Simulation:
         return progress
 
     def _loop(self, method: str, *args: Any) -> Any:
-        return self._unit.on_ranks(loop.call, self._handle, method, *args)
+        return self._unit.on_ranks(handles.call, self._handle, method, *args)
 
 
 def _forget(unit: PredictUnit, handle: int) -> None:
     try:
-        unit.on_ranks_soon(loop.forget, handle)
+        unit.on_ranks_soon(handles.forget, handle)
     except Exception:  # the workers are gone already, or the ranks have parted
-        loop.drop(handle)
+        handles.drop(handle)
 
 
 def initial_columns(

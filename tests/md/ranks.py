@@ -9,8 +9,9 @@ from ase.build import bulk
 
 from gnnmd.graph import AtomBatch
 from gnnmd.md.guards import Limits
+from gnnmd.md.handles import start
 from gnnmd.md.integrators import NVE, Integrator
-from gnnmd.md.loop import Loop, start
+from gnnmd.md.loop import Loop
 from gnnmd.md.reporters import Reporter
 from gnnmd.md.setup import Setup
 from gnnmd.md.simulation import _drawn

@@ -75,7 +75,7 @@ def owners(simulation: Simulation) -> torch.Tensor:
 
 
 def _owners(share, handle: int) -> torch.Tensor:
-    from gnnmd.md.loop import _loops
+    from gnnmd.md.handles import _loops
 
     plan = _loops[handle].engine.plan
     return plan.gather_owned(torch.full((plan.gp.n_owned,), share.ranks.rank))

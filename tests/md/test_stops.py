@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from gnnmd.md import Simulation, loop, shards, signals
+from gnnmd.md import Simulation, handles, shards, signals
 from gnnmd.md.reporters import Callback, Frame
 from gnnmd.parallel import RankFailure
 from tests.md.jobs import Stop, unit_on
@@ -197,10 +197,10 @@ def test_a_run_on_another_thread_does_not_hear_of_earlier_signals():
 def simulations_left(group) -> int:
     """Return how many simulations are held after the ranks have parted."""
     simulation = start(group)
-    before = len(loop._loops)
+    before = len(handles._loops)
     simulation._unit._together.leave()
     del simulation
-    return len(loop._loops) - before
+    return len(handles._loops) - before
 
 
 def test_nothing_holds_the_process_group_after_the_ranks_have_parted(pool):
