@@ -48,26 +48,16 @@ class RadialMLP(nn.Module):
             routing: experts of the edges.
             ops: what computes it.
         """
-        x = ops.activated_norm(self._first(x, sources, targets, routing, ops), self.norm_1)
-        x = ops.activated_norm(self.linear_2(x, routing), self.norm_2)
-        return self.linear_3(x, routing)
-
-    def _first(
-        self,
-        x: Tensor,
-        sources: tuple[Tensor, Groups],
-        targets: tuple[Tensor, Groups],
-        routing: Routing | None,
-        ops: EdgeOperations,
-    ) -> Tensor:
-        """Return W [x, source, target] + b, ``[E, hidden]``."""
         weights, bias = self.linear_1.weights(routing), self.linear_1.bias
         (source, j), (target, i) = sources, targets
         if len(weights) > 1:  # each system has its own
             whole = [x, source.index_select(0, j.index), target.index_select(0, i.index)]
-            return grouped_linear(torch.cat(whole, dim=1), weights, bias, routing)
-        w_edge, w_source, w_target = weights[0].split(self.widths, dim=1)
-        y = ops.pair_rows(F.linear(target, w_target, bias), i, F.linear(source, w_source), j)
-        if torch.is_autocast_enabled(x.device.type):
-            return y + F.linear(x, w_edge)
-        return y.addmm_(x, w_edge.t())
+            x = grouped_linear(torch.cat(whole, dim=1), weights, bias, routing)
+        else:
+            w_edge, w_source, w_target = weights[0].split(self.widths, dim=1)
+            y = ops.pair_rows(F.linear(target, w_target, bias), i, F.linear(source, w_source), j)
+            autocast = torch.is_autocast_enabled(x.device.type)
+            x = y + F.linear(x, w_edge) if autocast else y.addmm_(x, w_edge.t())
+        x = ops.activated_norm(x, self.norm_1)
+        x = ops.activated_norm(self.linear_2(x, routing), self.norm_2)
+        return self.linear_3(x, routing)
