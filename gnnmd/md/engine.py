@@ -235,7 +235,7 @@ class Engine:
     def go_back(self, plan: Plan, until: int) -> None:
         """Take up the plan of the last reading, and watch all steps before ``until``, made once more."""
         self.plan, self.counters.skin = plan, plan.skin
-        self._watch_until = until
+        self._watch_until, self.knows_stress = until, False
         self._unread, self._every = 0, 1
         self._worst = torch.zeros_like(self._worst)
         self.evaluation.begin_anew()

@@ -7,7 +7,9 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from gnnmd import InferenceSettings, PredictUnit
 from gnnmd.graph import AtomBatch
 from gnnmd.md import NVE, Bussi, Langevin, NoseHoover, Simulation
+from gnnmd.md.engine import Engine
 from gnnmd.md.reporters import Thermo, Trajectory
+from gnnmd.md.state import State
 from gnnmd.models.emt import emt
 from gnnmd.models.escn_md import ExpertsConfig
 from gnnmd.models.merge import merged
@@ -133,6 +135,24 @@ def test_the_stress_that_is_asked_for_later_is_that_of_the_current_step():
     np.testing.assert_array_equal(looked_at.run(20).atoms.positions, end.positions)
     for then, now in ((stress, end.get_stress()), (pressure, left_alone.scalars()["pressure"])):
         assert np.abs(now - then).max() > 1e-5
+    np.testing.assert_allclose(end.get_stress(), now_and_here(end), rtol=0, atol=1e-12)
+
+
+def test_the_stress_of_a_step_that_failed_is_not_that_of_the_state_it_leaves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"temperature": 900, "skin": 0.3, "reporters": [Thermo(path=None, interval=20)]}
+    simulation, call = Simulation(crystal(), unit(), NVE(5), **options).run(25), Engine.call
+
+    def failing(engine: Engine, s: State, *, stress: bool = False, exact: bool = True) -> None:
+        call(engine, s, stress=stress, exact=exact)
+        if stress:
+            raise MemoryError
+
+    monkeypatch.setattr(Engine, "call", failing)
+    with pytest.raises(MemoryError):
+        simulation.run(20)
+    monkeypatch.undo()
+    end = simulation.atoms
     np.testing.assert_allclose(end.get_stress(), now_and_here(end), rtol=0, atol=1e-12)
 
 
